@@ -1,0 +1,452 @@
+"""``SemanticIndex``: what users import.
+
+>>> import numpy as np, semid_index as semid
+>>> vectors = np.random.default_rng(0).standard_normal((1000, 16), dtype=np.float32)
+>>> with semid.create(dim=16, levels=3, codebook_size=16) as index:
+...     _ = index.train(vectors)
+...     ids = index.add(vectors)
+...     hits = index.search(vectors[7], k=3)
+>>> int(hits.ids[0]), float(hits.distances[0])
+(7, 0.0)
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections.abc import Mapping, Sequence
+from threading import RLock
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semid_index import build
+from semid_index.codes import check_prefix, format_id, parse_prefix
+from semid_index.errors import (
+    InvalidArgumentError,
+    InvalidCodesError,
+    InvalidIdsError,
+    InvalidVectorsError,
+    NotTrainedError,
+    PrefixNotSupportedError,
+    UnknownIdError,
+)
+from semid_index.filters import check_filter
+from semid_index.metrics import check_metric, normalized
+from semid_index.plugins import quantizer_class
+from semid_index.progress import progress_callback
+from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
+from semid_index.quantizers.tail import Tail
+from semid_index.records import IndexConfig, SearchResult, SearchTrace, Shelf, Tier, TrainReport
+from semid_index.rerank import from_stored
+from semid_index.search import SearchRequest, SearchState, search
+from semid_index.store import Store
+from semid_index.vectors import as_queries, as_vectors, bad_rows
+
+if TYPE_CHECKING:
+    import duckdb
+    import pyarrow as pa
+
+Device = str | int
+_LARGEST_DIM = 65_536
+
+
+def create(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    dim: int,
+    metric: str = "l2",
+    quantizer: str = "rq",
+    levels: int = 4,
+    codebook_size: int | Sequence[int] = 256,
+    seed: int = 0,
+    vectors: str = "float32",
+    device: Device = "cpu",
+    overwrite: bool = False,
+    tail: int | None = None,
+    leaf_size: int | None = None,
+    **options: Any,
+) -> SemanticIndex:
+    """Make a new index, in a DuckDB file or, without a path, in memory.
+
+    ``dim``: dimensions of the vectors. ``metric``: "l2", "cosine" or "ip". ``quantizer``: a name that ``semid
+    plugins`` lists. ``levels``, ``codebook_size``: the shape of the semantic IDs; ``codebook_size`` may be a list,
+    one size per level. ``vectors``: what is stored for exact distances: "float32", "float16", "int8" or "none".
+    ``tail``: 4-bit codes per item for quick scanning (0 for none; by default one for every 2 to 8 dimensions).
+    ``leaf_size``: items that are searched together. Further options go to the quantizer. Raises
+    :class:`IndexExistsError` if the file exists, unless ``overwrite``.
+    """
+    _check_device(device)
+    if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not 1 <= dim <= _LARGEST_DIM:
+        raise InvalidArgumentError(f"dim must be a whole number from 1 to {_LARGEST_DIM:,}, not {dim!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31 - 64:
+        raise InvalidArgumentError(f"seed must be a whole number from 0 to {2**31 - 65}, not {seed!r}.")
+    if vectors not in get_args(Tier):
+        raise InvalidArgumentError(f"vectors must be one of {', '.join(get_args(Tier))}, not {vectors!r}.")
+    _check_count("tail", tail, least=0)
+    _check_count("leaf_size", leaf_size, least=1)
+    kind = quantizer_class(quantizer)
+    made = _make_quantizer(kind, {"levels": levels, "codebook_size": codebook_size, **options})
+    tier: Tier = vectors  # type: ignore[assignment]
+    if tail is None and tier == "none":
+        tail = 0  # whoever wants no vectors wants a small index
+    config = IndexConfig(int(dim), check_metric(metric), quantizer, made.get_config(), int(seed), tier, tail, leaf_size)
+    return SemanticIndex(Store.create(path, config, overwrite=overwrite), made, None)
+
+
+def open(
+    path: str | os.PathLike[str],
+    *,
+    read_only: bool = False,
+    device: Device = "cpu",
+    vectors_in: Literal["memory", "file"] = "memory",
+) -> SemanticIndex:
+    """Open an index; everything else comes from the file.
+
+    Several processes may open one file with ``read_only=True``; otherwise only one. ``vectors_in="file"`` leaves the
+    stored vectors on disk, and fetches those that are re-ranked.
+    """
+    _check_device(device)
+    if vectors_in not in ("memory", "file"):
+        raise InvalidArgumentError(f"vectors_in must be 'memory' or 'file', not {vectors_in!r}.")
+    store = Store.open(path, read_only=read_only)
+    try:
+        config = store.config
+        kind = quantizer_class(config.quantizer)
+        if not store.is_trained:
+            return SemanticIndex(
+                store, _make_quantizer(kind, dict(config.quantizer_config)), None, vectors_in=vectors_in
+            )
+        quantizer, tail = build.restore(store, kind)
+    except BaseException:
+        store.close()
+        raise
+    return SemanticIndex(store, quantizer, tail, vectors_in=vectors_in)
+
+
+class SemanticIndex:
+    """Items with semantic IDs, in one file: to be searched, browsed by prefix, and queried in SQL.
+
+    Make one with :func:`create` or :func:`open`; use it in a ``with`` statement, or call :meth:`close`.
+    Reading methods may be called from several threads.
+    """
+
+    def __init__(
+        self, store: Store, quantizer: Quantizer, tail: Tail | None, *, vectors_in: Literal["memory", "file"] = "memory"
+    ) -> None:
+        self._store = store
+        self._quantizer = quantizer
+        self._tail = tail
+        self._vectors_in: Literal["memory", "file"] = vectors_in
+        self._state: SearchState | None = None
+        self._lock = RLock()
+        self.config = store.config
+
+    # -- learning and adding ------------------------------------------------------------------------------------------
+
+    def train(
+        self, vectors: Any, *, sample: int | None = None, progress: bool | ProgressCallback = False
+    ) -> TrainReport:
+        """Learn the codebooks from vectors (n, dim): an array, an Arrow column or table, or the path of a file.
+
+        At most ``sample`` rows, chosen at random, are used (by default the larger of 65,536 and 256 for each codeword).
+        ``progress``: True shows bars on stderr; a function is called with (done, total, what).
+        """
+        with self._lock, progress_callback(progress) as report:
+            result, self._tail = build.train(self._store, self._quantizer, vectors, sample=sample, progress=report)
+            self.config = self._store.config
+        return result
+
+    def add(
+        self,
+        vectors: Any,
+        ids: Any = None,
+        *,
+        metadata: Any = None,
+        batch_size: int = 50_000,
+        on_bad_vectors: Literal["error", "drop"] = "error",
+        progress: bool | ProgressCallback = False,
+    ) -> Any:
+        """Encode vectors (n, dim) and store them, in one transaction; returns their ids.
+
+        ``ids``: integers or strings, one for each vector, fixed in type by the first add; numbers from 0 if left out.
+        An id that is in the index already is an error. ``metadata``: a data frame, Arrow table or dict of columns
+        with a row for each vector; its columns are those of the SQL table ``items``. ``on_bad_vectors="drop"`` leaves
+        out vectors with NaN or infinite values (and zero vectors, under cosine) instead of refusing all.
+        """
+        with self._lock, progress_callback(progress) as report:
+            added = build.add(
+                self._store,
+                self._quantizer,
+                self._tail,
+                vectors,
+                ids,
+                metadata=metadata,
+                batch_size=batch_size,
+                on_bad_vectors=on_bad_vectors,
+                progress=report,
+            )
+            self._state = None
+        return added
+
+    # -- searching ----------------------------------------------------------------------------------------------------
+
+    def search(
+        self,
+        query: Any,
+        k: int = 10,
+        *,
+        where: str | Mapping[str, Any] | None = None,
+        params: Sequence[Any] | Mapping[str, Any] | None = None,
+        probes: int | None = None,
+        rerank: int | None = None,
+        exact: bool = False,
+        threads: int | None = None,
+        timeout: float | None = None,
+    ) -> SearchResult:
+        """The k items nearest to a query (dim,), or to each query of a batch (q, dim).
+
+        ``where``: an SQL expression over the metadata, with ``?`` for ``params``; then only items that fulfil it are
+        found. ``probes``: leaves to open (by default as many as hold about 40 sqrt(n) items). ``rerank``: candidates
+        to compute exact distances for (by default 4 k, at least 100). ``exact=True``: brute force. ``threads``: by
+        default all cores. ``timeout``: seconds, after which :class:`SearchTimeoutError` is raised. Fewer than k hits
+        come back only where fewer items exist.
+        """
+        started = time.perf_counter()
+        queries, single = as_queries(query, dim=self.config.dim)
+        if not len(queries):
+            raise InvalidVectorsError("There are no queries: the array has 0 rows.")
+        if self.config.metric == "cosine" and len(zero := bad_rows(queries, zero=True)):
+            raise InvalidVectorsError(
+                f"Query {int(zero[0])} is the zero vector, which has no direction under cosine.", rows=zero.tolist()
+            )
+        request = SearchRequest(queries, single, k, probes, rerank, exact, threads, timeout)
+        state = self._search_state()
+        allowed = None
+        if where is not None:
+            allowed = self._store.matching_rows(check_filter(where, params, self._store.filter_columns()))
+        elif params is not None:
+            raise InvalidArgumentError("params belong to a where expression, and there is none.")
+        return search(state, request, allowed, filter_seconds=time.perf_counter() - started)
+
+    def explain(self, query: Any, k: int = 10, **options: Any) -> SearchTrace:
+        """Search for one query and tell how: the leaves opened, candidates, the time of each step."""
+        return self.search(query, k, **options).trace
+
+    def similar(self, id: Any, k: int = 10, **options: Any) -> SearchResult:
+        """The k items most like an item of the index, itself left out; options as in :meth:`search`."""
+        found = self.search(self._vector_of(id), k + 1, **options)
+        others = np.flatnonzero(found.flat_ids != id)[:k]
+        return SearchResult(
+            found.flat_ids[others],
+            found.flat_distances[others],
+            lambda: found.read_codes()[others],
+            np.array([0, len(others)]),
+            True,
+            found.trace,
+        )
+
+    # -- codes and prefixes -------------------------------------------------------------------------------------------
+
+    def encode(self, vectors: Any) -> Codes:
+        """The codes that vectors (n, dim) would get: (n, levels). Stores nothing."""
+        self._check_trained()
+        matrix = as_vectors(vectors, dim=self.config.dim)
+        return self._quantizer.encode(normalized(matrix) if self.config.metric == "cosine" else matrix)
+
+    def decode(self, codes: Any) -> Vectors:
+        """The vectors that codes (n, levels) stand for: (n, dim). Under cosine, of vectors at length 1."""
+        self._check_trained()
+        layout = self._store.layout
+        matrix = np.asarray(codes)
+        if matrix.ndim != 2 or matrix.shape[1] != layout.levels or matrix.dtype.kind not in "iu":
+            raise InvalidCodesError(
+                f"codes must be integers of shape (n, {layout.levels}), not {matrix.dtype} of shape {matrix.shape}."
+            )
+        if len(matrix) and ((matrix < 0) | (matrix >= np.array(layout.codebook_sizes))).any():
+            raise InvalidCodesError(
+                f"Each code must be at least 0 and below its codebook's size, {layout.codebook_sizes}."
+            )
+        return self._quantizer.decode(matrix.astype(np.int32))
+
+    def prefix(self, prefix: str | Sequence[int]) -> pa.Table:
+        """The items below a prefix such as "12-153" or (12, 153): id, semantic_id, metadata; ordered by ID."""
+        return self._store.items_under(self._prefix(prefix, "prefix"))
+
+    def tree(self, depth: int = 1, under: str | Sequence[int] | None = None, *, examples: int = 0) -> list[Shelf]:
+        """The shelves ``depth`` levels down, below a prefix if one is given: the largest first, each with some ids."""
+        start = self._prefix(under if under is not None else (), "tree")
+        _check_count("depth", depth, least=1)
+        _check_count("examples", examples, least=0)
+        deepest = self._store.layout.levels
+        if len(start) + depth > deepest:
+            raise InvalidArgumentError(
+                f"There are {deepest} levels: depth={depth} below {format_id(start) or 'the root'} is too deep."
+            )
+        return [Shelf(*row) for row in self._store.shelves(len(start) + depth, start, examples=examples)]
+
+    # -- looking at items ---------------------------------------------------------------------------------------------
+
+    def get(self, ids: Any, *, vectors: bool = False) -> pa.Table:
+        """The items with these ids, in this order: id, semantic_id and metadata; with their stored vectors if asked.
+
+        Ids that the index does not have are left out.
+        """
+        import pyarrow as pa
+
+        self._check_trained()
+        wanted = self._ids(ids)
+        if wanted is None:
+            wanted = pa.array([], pa.int64() if self._store.id_type != "str" else pa.string())
+        table = self._store.items(wanted)
+        if vectors:
+            table = table.append_column("vector", self._stored_vectors(table["id"].combine_chunks()))
+        return table
+
+    def sql(self, query: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> duckdb.DuckDBPyRelation:
+        """Run SQL over the view ``semantic_ids``, your ``items`` and the tables of the index; a DuckDB relation.
+
+        The text is trusted: it can do whatever DuckDB can. Never build it from what strangers type.
+        """
+        return self._store.cursor().sql(query, params=params)
+
+    def stats(self) -> dict[str, Any]:
+        """What the index is and what it costs, in plain values."""
+        items = len(self)
+        config = self.config
+        stats: dict[str, Any] = {
+            "items": items,
+            "dim": config.dim,
+            "metric": config.metric,
+            "quantizer": config.quantizer,
+            "trained": self._store.is_trained,
+            "vectors": config.vectors,
+            "path": None if self._store.path is None else str(self._store.path),
+        }
+        if not self._store.is_trained:
+            return stats
+        layout = self._store.layout
+        file_bytes = self._store.file_bytes()
+        code_bytes = sum(codebook.nbytes for codebook in self._quantizer.codebooks or ())
+        stats |= {
+            "levels": layout.levels,
+            "codebook_sizes": list(layout.codebook_sizes),
+            "tail": config.tail,
+            "items_sharing_an_id": self._store.shared_ids(),
+            "train_report": self._store.meta("train_report"),
+            "code_bytes_per_item": layout.bytes_per_item,
+            "float32_bytes_per_item": 4 * config.dim,
+            "codebook_bytes": code_bytes,
+            "file_bytes": file_bytes,
+            "file_bytes_per_item": file_bytes / items if items else 0.0,
+        }
+        state = self._state
+        if state is not None:
+            stats["leaves"] = len(state.leaves)
+            stats["memory_bytes"] = state.memory()
+        return stats
+
+    # -- housekeeping -------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Release the file. Closing twice is allowed."""
+        self._state = None
+        self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __contains__(self, id: Any) -> bool:
+        try:
+            wanted = self._ids([id])
+        except InvalidIdsError:
+            return False
+        return wanted is not None and bool((self._store.rows_of_ids(wanted) >= 0).all())
+
+    def __repr__(self) -> str:
+        if self._store.closed:
+            return "<SemanticIndex, closed>"
+        config = self.config
+        trained = self._store.is_trained
+        shape = " x ".join(str(size) for size in self._store.layout.codebook_sizes[:8]) if trained else "not trained"
+        where = self._store.path or "in memory"
+        return (
+            f"<SemanticIndex {where}: {len(self):,} items, {config.dim}-d {config.metric}, {config.quantizer} {shape}>"
+        )
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _search_state(self) -> SearchState:
+        with self._lock:
+            if self._state is None:
+                self._check_trained()
+                self._state = SearchState(self._store, self._quantizer, self._tail, vectors_in=self._vectors_in)
+            return self._state
+
+    def _check_trained(self) -> None:
+        if not self._store.is_trained:
+            raise NotTrainedError("The index is not trained. Call index.train(vectors) and index.add(vectors) first.")
+
+    def _prefix(self, prefix: str | Sequence[int], what: str) -> tuple[int, ...]:
+        self._check_trained()
+        if not self._quantizer.hierarchical:
+            raise PrefixNotSupportedError(self.config.quantizer, what)
+        layout = self._store.layout
+        return parse_prefix(prefix, layout) if isinstance(prefix, str) else check_prefix(prefix, layout)
+
+    def _ids(self, ids: Any) -> pa.Array | None:
+        """Ids as an Arrow array of the index's type; None where they cannot occur in it."""
+        wanted = build.as_ids(ids)
+        kind = "int" if str(wanted.type) == "int64" else "str"
+        return wanted if kind == self._store.id_type else None
+
+    def _vector_of(self, id: Any) -> NDArray[np.float32]:
+        wanted = self._ids([id])
+        if wanted is None or id not in self:
+            raise UnknownIdError(f"There is no item with id {id!r} in the index.")
+        column = self._stored_vectors(wanted)
+        return np.asarray(column.flatten().to_numpy(), dtype=np.float32)
+
+    def _stored_vectors(self, ids: pa.Array) -> pa.Array:
+        """The stored vectors of some items as float32, or the decoded ones where none are stored."""
+        from semid_index.store import fixed_size_list
+
+        rows = self._store.rows_of_ids(ids)
+        if self.config.vectors == "none":
+            return fixed_size_list(self._quantizer.decode(self._store.codes_of(rows)))
+        columns = ("v", "scale") if self.config.vectors == "int8" else ("v",)
+        found = self._store.vectors_of(rows, *columns)
+        stored = found["v"].view(np.float16) if self.config.vectors == "float16" else found["v"]
+        return fixed_size_list(from_stored(stored, found.get("scale")))
+
+
+def _make_quantizer(kind: type[Quantizer], options: dict[str, Any]) -> Quantizer:
+    known = inspect.signature(kind).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
+    unknown = [] if takes_any else sorted(set(options) - set(known))
+    if unknown:
+        raise InvalidArgumentError(f"'{kind.name}' has no option '{unknown[0]}'. Its options: {', '.join(known)}.")
+    return kind(**options)
+
+
+def _check_count(name: str, value: Any, *, least: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least):
+        raise InvalidArgumentError(f"{name} must be a whole number, at least {least}, not {value!r}.")
+
+
+def _check_device(device: Device) -> None:
+    if device not in ("cpu", "auto"):
+        raise InvalidArgumentError(
+            f"device={device!r}: this version searches on the CPU only. Use device='cpu' or 'auto'."
+        )

@@ -1,0 +1,74 @@
+"""k-means and nearest codewords, both by FAISS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semid_index.errors import MissingDependencyError
+from semid_index.quantizer import Vectors
+
+_POINTS_PER_CODEWORD = 256  # k-means learns a codebook of K words from at most 256 K points
+_PLUSPLUS_LIMIT = 2_048  # k-means++ looks at every point once per codeword; above this, its sampled form is used
+
+
+def import_faiss() -> Any:
+    """FAISS, imported when first needed: it costs 0.1 s and is an optional dependency."""
+    try:
+        import faiss
+    except Exception as error:  # faiss-gpu without its CUDA libraries raises RuntimeError, not ImportError
+        raise MissingDependencyError(
+            "FAISS is needed to train, and is not installed (or does not load: "
+            f"{error}). Run: pip install 'semid-index[cpu]'"
+        ) from error
+    return faiss
+
+
+def kmeans(
+    points: Vectors, size: int, *, seed: int, iterations: int = 20, report: Callable[[int, int], None] | None = None
+) -> Vectors:
+    """``size`` centroids of (n, dim) points, n >= size: (size, dim).
+
+    Starts from k-means++ (Arthur and Vassilvitskii, 2007), or for large codebooks its Markov-chain approximation
+    (Bachem et al., 2016). A cluster that runs empty takes half of a large one. Only about 256 points for each codeword,
+    chosen at random, are used.
+    """
+    faiss = import_faiss()
+    clustering = faiss.Clustering(points.shape[1], size)
+    clustering.seed = seed
+    clustering.niter = iterations
+    clustering.min_points_per_centroid = 1  # no warning on stderr about few points
+    clustering.max_points_per_centroid = _POINTS_PER_CODEWORD
+    clustering.init_method = (
+        faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS if size <= _PLUSPLUS_LIMIT else faiss.ClusteringInitMethod_AFK_MC2
+    )
+    index = faiss.IndexFlatL2(points.shape[1])
+    if report is not None:
+        report(0, 1)
+    clustering.train(points, index)
+    if report is not None:
+        report(1, 1)
+    return np.asarray(faiss.vector_to_array(clustering.centroids), dtype=np.float32).reshape(size, -1)
+
+
+def nearest(points: Vectors, codebook: Vectors) -> NDArray[np.int64]:
+    """The number of the codeword nearest to each point: (n, dim) and (K, dim) in, (n,) out."""
+    faiss = import_faiss()
+    _, labels = faiss.knn(points, codebook, 1)
+    return np.asarray(labels[:, 0], dtype=np.int64)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """FAISS on one thread. On many tiny problems its threads wait for each other longer than they work."""
+    faiss = import_faiss()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)

@@ -1,0 +1,444 @@
+"""Exact distances for candidates; the only module that imports FAISS for searching.
+
+An *executor* scans the items of the probed leaves and returns the best of them. Some executors scan short codes, so
+that their distances are approximate; then the best few hundred are re-ranked by the stored vectors
+(:class:`MemoryVectors`, :class:`FileVectors`), or, where none are stored, by the decoded codes.
+
+Items are numbered by their *position* in the order of their sids, so that a leaf is a slice of positions.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semid_index import metrics
+from semid_index.codes import unpack
+from semid_index.errors import MissingDependencyError
+from semid_index.lookup import Leaves, Probes
+from semid_index.quantizer import Quantizer, Vectors
+from semid_index.quantizers.kmeans import import_faiss
+from semid_index.quantizers.tail import Tail, pad
+from semid_index.records import Metric
+from semid_index.store import Store, StoredCodes
+
+log = logging.getLogger("semid_index")
+
+Positions = NDArray[np.int64]
+Distances = NDArray[np.float32]
+
+_GATHER_BYTES = 16 << 20  # candidates' vectors copied together at once
+_EXACT_BLOCK = 65_536  # stored vectors compared at once by brute force
+_PROBING = threading.Lock()  # FAISS keeps the number of probes in the index, so searches take turns
+
+
+# -- where vectors for exact distances come from ----------------------------------------------------------------------
+
+
+class VectorsByPosition(ABC):
+    """Vectors that can be fetched by position, as float32."""
+
+    exact: ClassVar[bool] = True
+    """Whether these are the stored vectors, and not decoded codes."""
+
+    metric: Metric
+    count: int
+    dim: int
+
+    @abstractmethod
+    def take(self, positions: Positions | slice) -> Vectors:
+        """The vectors at some positions: m positions in, (m, dim) float32 out."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return 0
+
+    def distances(self, queries: Vectors, positions: Positions) -> Distances:
+        """The distance of each query to its candidates: (q, r) positions in, -1 for none; (q, r) out, inf for none."""
+        found = np.full(positions.shape, np.inf, dtype=np.float32)
+        tile = max(1, _GATHER_BYTES // max(1, positions.shape[1] * self.dim * 4))
+        for start in range(0, len(queries), tile):
+            part = positions[start : start + tile]
+            vectors = self.take(np.maximum(part, 0).ravel()).reshape(*part.shape, self.dim)
+            exact = metrics.paired_distances(queries[start : start + tile], vectors, self.metric)
+            found[start : start + tile] = np.where(part >= 0, exact, np.float32(np.inf))
+        return found
+
+    def nearest(self, queries: Vectors, k: int, allowed: Positions | None = None) -> tuple[Positions, Distances]:
+        """Brute force: the k nearest of all vectors, or of the ``allowed`` positions; (q, min(k, n)) each, in order."""
+        count = self.count if allowed is None else len(allowed)
+        best_positions = np.empty((len(queries), 0), dtype=np.int64)
+        best_distances = np.empty((len(queries), 0), dtype=np.float32)
+        for start in range(0, count, _EXACT_BLOCK):
+            block = slice(start, min(start + _EXACT_BLOCK, count))
+            vectors = self.take(block if allowed is None else allowed[block])
+            rows, distances = _nearest_in_block(queries, vectors, k, self.metric)
+            found = rows + start if allowed is None else allowed[block][rows]
+            best_positions = np.concatenate([best_positions, found], axis=1)
+            best_distances = np.concatenate([best_distances, distances], axis=1)
+            best_positions, best_distances = smallest(best_positions, best_distances, k)
+        return best_positions, best_distances
+
+
+class MemoryVectors(VectorsByPosition):
+    """The stored vectors, in memory as they are stored (float32, float16, or int8 with a scale per vector).
+
+    Under cosine, float32 vectors are kept at length 1.
+    """
+
+    def __init__(self, vectors: NDArray[Any], scale: NDArray[np.float32] | None, metric: Metric) -> None:
+        self.count, self.dim = vectors.shape
+        self.metric = metric
+        self._vectors = vectors
+        self._scale = scale
+
+    @classmethod
+    def load(cls, store: Store, position_of_row: NDArray[np.int64], metric: Metric) -> MemoryVectors:
+        """Read all stored vectors, once, straight into their places."""
+        config = store.config
+        count = int((position_of_row >= 0).sum())
+        dtype = np.dtype({"float32": np.float32, "float16": np.float16, "int8": np.int8}[config.vectors])
+        vectors = np.empty((count, config.dim), dtype=dtype)
+        scale = np.empty(count, dtype=np.float32) if config.vectors == "int8" else None
+        columns = ("v", "scale") if scale is not None else ("v",)
+        for rows, batch in store.vector_batches(*columns):
+            places = position_of_row[rows]
+            stored = batch["v"].view(dtype)
+            vectors[places] = metrics.normalized(stored) if metric == "cosine" and dtype == np.float32 else stored
+            if scale is not None:
+                scale[places] = batch["scale"]
+        return cls(vectors, scale, metric)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self._vectors.nbytes + (0 if self._scale is None else self._scale.nbytes)
+
+    def take(self, positions: Positions | slice) -> Vectors:
+        """The vectors at some positions."""
+        return from_stored(self._vectors[positions], None if self._scale is None else self._scale[positions])
+
+    def distances(self, queries: Vectors, positions: Positions) -> Distances:
+        """As the parent's; for float32 rows FAISS computes them in place, without gathering rows first."""
+        if self._vectors.dtype != np.float32 or not faiss_works():
+            return super().distances(queries, positions)
+        faiss = import_faiss()
+        positions = np.ascontiguousarray(positions, dtype=np.int64)
+        found = np.empty(positions.shape, dtype=np.float32)
+        compute = faiss.fvec_L2sqr_by_idx if self.metric == "l2" else faiss.fvec_inner_products_by_idx
+        pointers = [faiss.swig_ptr(array) for array in (found, queries, self._vectors, positions)]
+        compute(*pointers, self.dim, *positions.shape)
+        if self.metric == "l2":
+            np.sqrt(found, out=found)
+        else:
+            np.subtract(1.0 if self.metric == "cosine" else 0.0, found, out=found)
+        found[positions < 0] = np.inf
+        return np.maximum(found, 0) if self.metric == "cosine" else found
+
+
+class FileVectors(VectorsByPosition):
+    """The stored vectors, left in the file: the few that are re-ranked are fetched by row number."""
+
+    def __init__(self, store: Store, rows: NDArray[np.int64], metric: Metric) -> None:
+        self.metric, self.count, self.dim = metric, len(rows), store.config.dim
+        self._store = store
+        self._rows = rows
+        self._dtype = np.dtype({"float32": np.float32, "float16": np.float16, "int8": np.int8}[store.config.vectors])
+        self._columns = ("v", "scale") if store.config.vectors == "int8" else ("v",)
+
+    def take(self, positions: Positions | slice) -> Vectors:
+        """The vectors at some positions."""
+        found = self._store.vectors_of(self._rows[positions], *self._columns)
+        return from_stored(found["v"].view(self._dtype), found.get("scale"))
+
+
+class DecodedVectors(VectorsByPosition):
+    """What the codes decode to: for an index that stores no vectors."""
+
+    exact = False
+
+    def __init__(self, quantizer: Quantizer, codes: StoredCodes, leaves: Leaves, dim: int, metric: Metric) -> None:
+        self.metric, self.count, self.dim = metric, len(codes.rows), dim
+        self._quantizer, self._codes, self._layout = quantizer, codes, leaves.layout
+
+    def take(self, positions: Positions | slice) -> Vectors:
+        """The decoded vectors at some positions."""
+        rest = None if self._codes.rest is None else self._codes.rest[positions]
+        return self._quantizer.decode(unpack(self._codes.sids[positions], self._layout, rest))
+
+
+def to_stored(vectors: Vectors, tier: str) -> dict[str, NDArray[Any]]:
+    """Vectors (n, dim) as columns of ``semid_vectors``.
+
+    float16 is kept as its bits, for DuckDB has no such type; int8 rows are divided by a scale of their own, so that the
+    largest entry becomes 127.
+    """
+    if tier == "float32":
+        return {"v": vectors}
+    if tier == "float16":
+        return {"v": vectors.astype(np.float16).view(np.uint16)}
+    if tier == "int8":
+        scale = np.maximum(np.abs(vectors).max(axis=1), np.float32(1e-30)) / np.float32(127)
+        return {"v": np.rint(vectors / scale[:, None]).astype(np.int8), "scale": scale}
+    return {}
+
+
+def from_stored(vectors: NDArray[Any], scale: NDArray[np.float32] | None) -> Vectors:
+    """The float32 vectors that stored ones stand for."""
+    plain = vectors.astype(np.float32, copy=False)
+    return plain if scale is None else plain * scale[:, None]
+
+
+# -- executors --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScanData:
+    """What an executor may scan: everything about the items, in the order of their sids."""
+
+    leaves: Leaves
+    codes: StoredCodes
+    quantizer: Quantizer
+    vectors: VectorsByPosition
+    metric: Metric
+    tail: Tail | None
+    tail_codes: Callable[[], NDArray[np.uint8]]
+    """Reads the tail codes (n, parts / 2) when called."""
+
+
+class Executor(Protocol):
+    """Scans the items of probed leaves. Offer your own by the hook ``semid_register_executors``."""
+
+    name: str
+    exact: bool
+    """Whether its distances are final, so that re-ranking would change nothing."""
+
+    def search(self, queries: Vectors, probes: Probes, k: int) -> tuple[Distances, Positions]:
+        """The k nearest items of the probed leaves: (q, k) distances and positions, padded with inf and -1."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds in memory."""
+
+
+class NumpyExecutor:
+    """Computes the distance of every candidate, in NumPy: the oracle for the others, and what works everywhere."""
+
+    name = "numpy"
+    exact = True
+    nbytes = 0
+
+    def __init__(self, data: ScanData) -> None:
+        self._leaves, self._vectors = data.leaves, data.vectors
+
+    def search(self, queries: Vectors, probes: Probes, k: int) -> tuple[Distances, Positions]:
+        """See :class:`Executor`."""
+        return search_candidates(self._vectors, queries, candidates_of(self._leaves, probes), k)
+
+
+class FaissTailExecutor:
+    """Scans tail codes with FAISS: an inverted file of 4-bit product codes whose lists are the leaves."""
+
+    name = "faiss-tail"
+    exact = False
+
+    def __init__(self, data: ScanData) -> None:
+        faiss = import_faiss()
+        if data.tail is None:
+            raise ValueError("FaissTailExecutor needs tail codes.")
+        self._faiss = faiss
+        self._dim = data.tail.padded_dim
+        metric = faiss.METRIC_INNER_PRODUCT if data.metric == "ip" else faiss.METRIC_L2
+        self._no_centroids = faiss.IndexFlat(self._dim, metric)  # leaves are chosen by the look-up, not by FAISS
+        lists = faiss.IndexIVFPQ(self._no_centroids, self._dim, len(data.leaves), data.tail.parts, 4, metric)
+        lists.by_residual = False
+        lists.pq = data.tail.quantizer()
+        lists.is_trained = True
+        fill_lists(lists, data.leaves, data.tail_codes())
+        # FastScan lays codes out in blocks; filling its lists directly would corrupt memory, so it converts plain ones
+        self._index = faiss.IndexIVFPQFastScan(lists)
+        self._bytes = len(data.codes.rows) * (data.tail.parts // 2 + 8)
+
+    @property
+    def nbytes(self) -> int:
+        """Codes and FAISS's own 8-byte numbers, without the padding of its blocks."""
+        return self._bytes
+
+    def search(self, queries: Vectors, probes: Probes, k: int) -> tuple[Distances, Positions]:
+        """See :class:`Executor`."""
+        return search_lists(self._index, pad(queries, self._dim), probes, k)
+
+
+class FaissCodeExecutor:
+    """Scans the semantic IDs themselves with FAISS, by look-up tables: an inverted file of additive codes."""
+
+    name = "faiss-codes"
+    exact = False
+
+    def __init__(self, data: ScanData) -> None:
+        faiss = import_faiss()
+        codebooks = data.quantizer.codebooks
+        if codebooks is None:
+            raise ValueError("FaissCodeExecutor needs an additive quantizer.")
+        layout = data.leaves.layout
+        inner_product = data.metric == "ip"
+        metric = faiss.METRIC_INNER_PRODUCT if inner_product else faiss.METRIC_L2
+        kind = faiss.AdditiveQuantizer.ST_LUT_nonorm if inner_product else faiss.AdditiveQuantizer.ST_norm_float
+        dim = codebooks[0].shape[1]
+        self._no_centroids = faiss.IndexFlat(dim, metric)
+        bits = faiss.UInt64Vector()
+        for level_bits in layout.bits:
+            bits.push_back(level_bits)
+        index = faiss.IndexIVFResidualQuantizer(self._no_centroids, dim, len(data.leaves), bits, metric, kind)
+        index.by_residual = False
+        words = np.zeros((sum(1 << level_bits for level_bits in layout.bits), dim), dtype=np.float32)
+        offset = 0
+        for codebook, level_bits in zip(codebooks, layout.bits, strict=True):
+            words[offset : offset + len(codebook)] = codebook
+            offset += 1 << level_bits
+        faiss.copy_array_to_vector(words.reshape(-1), index.rq.codebooks)
+        index.rq.is_trained = index.is_trained = True
+        packed = np.empty((len(data.codes.rows), index.code_size), dtype=np.uint8)
+        for start in range(0, len(packed), _EXACT_BLOCK):
+            part = slice(start, start + _EXACT_BLOCK)
+            rest = None if data.codes.rest is None else data.codes.rest[part]
+            codes = unpack(data.codes.sids[part], layout, rest)
+            decoded = data.quantizer.decode(codes)
+            norms = np.einsum("ij,ij->i", decoded, decoded)
+            block = np.empty((len(codes), index.code_size), dtype=np.uint8)
+            norm_pointer = None if inner_product else faiss.swig_ptr(norms)
+            index.rq.pack_codes(len(codes), faiss.swig_ptr(codes), faiss.swig_ptr(block), -1, norm_pointer, None)
+            packed[part] = block
+        fill_lists(index, data.leaves, packed)
+        self._index = index
+        self._bytes = packed.nbytes + 8 * len(packed)
+
+    @property
+    def nbytes(self) -> int:
+        """Codes, norms and FAISS's own 8-byte numbers."""
+        return self._bytes
+
+    def search(self, queries: Vectors, probes: Probes, k: int) -> tuple[Distances, Positions]:
+        """See :class:`Executor`."""
+        return search_lists(self._index, queries, probes, k)
+
+
+def choose_executor(data: ScanData) -> Executor:
+    """The fastest executor that the data and the installed libraries allow."""
+    if not faiss_works():
+        return NumpyExecutor(data)
+    if data.tail is not None:
+        return FaissTailExecutor(data)
+    if not data.vectors.exact and data.quantizer.codebooks is not None:
+        return FaissCodeExecutor(data)
+    return NumpyExecutor(data)
+
+
+def fill_lists(index: Any, leaves: Leaves, codes: NDArray[np.uint8]) -> None:
+    """Give a FAISS inverted file the codes of each leaf, numbered by position."""
+    faiss = import_faiss()
+    positions = np.arange(len(codes), dtype=np.int64)  # held by a name: FAISS reads it through a bare pointer
+    codes = np.ascontiguousarray(codes)
+    for leaf, (start, end) in enumerate(zip(leaves.starts[:-1].tolist(), leaves.starts[1:].tolist(), strict=True)):
+        ids, entries = positions[start:end], codes[start:end]
+        index.invlists.add_entries(leaf, end - start, faiss.swig_ptr(ids), faiss.swig_ptr(entries))
+    index.ntotal = len(codes)
+
+
+def search_lists(index: Any, queries: Vectors, probes: Probes, k: int) -> tuple[Distances, Positions]:
+    """Let FAISS scan the probed lists."""
+    no_distances = np.zeros(probes.leaves.shape, dtype=np.float32)  # to the centroids, which these lists do not use
+    with _PROBING:
+        index.nprobe = probes.leaves.shape[1]
+        distances, positions = index.search_preassigned(queries, k, np.ascontiguousarray(probes.leaves), no_distances)
+    return distances, positions
+
+
+def candidates_of(leaves: Leaves, probes: Probes) -> Iterator[Positions]:
+    """The positions in the probed leaves, query by query."""
+    for chosen in probes.leaves:
+        opened = chosen[chosen >= 0]
+        yield _ranges(leaves.starts[opened], leaves.starts[opened + 1])
+
+
+def search_candidates(
+    vectors: VectorsByPosition, queries: Vectors, candidates: Iterator[Positions], k: int
+) -> tuple[Distances, Positions]:
+    """The k nearest of each query's candidates, by exact distances."""
+    positions = np.full((len(queries), k), -1, dtype=np.int64)
+    distances = np.full((len(queries), k), np.inf, dtype=np.float32)
+    for i, mine in enumerate(candidates):
+        found, near = vectors.nearest(queries[i : i + 1], k, mine)
+        positions[i, : found.shape[1]], distances[i, : found.shape[1]] = found[0], near[0]
+    return distances, positions
+
+
+def smallest(positions: Positions, distances: Distances, k: int) -> tuple[Positions, Distances]:
+    """The k nearest of each row, in order; equal distances by position."""
+    if k < distances.shape[1]:
+        best = np.argpartition(distances, k - 1, axis=1)[:, :k]
+        positions, distances = np.take_along_axis(positions, best, axis=1), np.take_along_axis(distances, best, axis=1)
+    order = np.lexsort((positions, distances), axis=1)
+    return np.take_along_axis(positions, order, axis=1), np.take_along_axis(distances, order, axis=1)
+
+
+@contextmanager
+def faiss_threads(threads: int | None) -> Iterator[None]:
+    """FAISS on so many threads, within this thread of ours."""
+    if threads is None or not faiss_works():
+        yield
+        return
+    faiss = import_faiss()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(threads)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+_warned = False
+
+
+def faiss_works() -> bool:
+    """Whether FAISS can be imported; says so once if it cannot."""
+    global _warned
+    try:
+        import_faiss()
+    except MissingDependencyError as error:
+        if not _warned:
+            log.warning("Searching with NumPy, which is slow. %s", error)
+            _warned = True
+        return False
+    return True
+
+
+def _ranges(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Positions:
+    """All whole numbers in some ranges, one after the other."""
+    lengths = ends - starts
+    if not lengths.sum():
+        return np.empty(0, dtype=np.int64)
+    offsets = np.repeat(starts - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
+    positions: Positions = np.arange(lengths.sum()) + offsets
+    return positions
+
+
+def _nearest_in_block(queries: Vectors, vectors: Vectors, k: int, metric: Metric) -> tuple[Positions, Distances]:
+    """The k nearest of some vectors: candidates by fast matrix products, then their distances without cancellation."""
+    rows, distances = metrics.exact_search(queries, vectors, k, metric)
+    if metric != "l2" or not rows.size:
+        return rows, distances
+    tile = max(1, _GATHER_BYTES // max(1, rows.shape[1] * vectors.shape[1] * 4))
+    for start in range(0, len(queries), tile):
+        part = slice(start, start + tile)
+        distances[part] = metrics.paired_distances(queries[part], vectors[rows[part]], metric)
+    return rows, distances

@@ -1,0 +1,378 @@
+"""lookup -> rerank -> result, with a trace of each step."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import RLock
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from semid_index.codes import unpack
+from semid_index.errors import InvalidArgumentError, SearchTimeoutError
+from semid_index.lookup import (
+    LeafScorer,
+    Leaves,
+    Probes,
+    additive_scorer,
+    centroid_scorer,
+    choose_probes,
+    make_leaves,
+    whole_index,
+)
+from semid_index.metrics import normalized
+from semid_index.quantizer import Quantizer, Vectors
+from semid_index.quantizers.tail import Tail
+from semid_index.records import Probe, SearchResult, SearchTrace
+from semid_index.rerank import (
+    DecodedVectors,
+    Distances,
+    Executor,
+    FileVectors,
+    MemoryVectors,
+    Positions,
+    ScanData,
+    VectorsByPosition,
+    candidates_of,
+    choose_executor,
+    faiss_threads,
+    search_candidates,
+    smallest,
+)
+from semid_index.store import Store
+
+_BLOCK = 1_024  # queries carried through all steps at once; time is looked at in between
+_LEAST_RERANK = 100
+_RERANK_PER_HIT = 4
+_LEAST_BUDGET = 4_096
+_BUDGET_PER_ROOT = 40.0
+_SHOWN_PROBES = 64
+
+
+def default_leaf_size(items: int) -> int:
+    """128 items for small indexes; larger leaves where there are many, since opening one costs a fixed time."""
+    return int(np.clip(math.sqrt(items) / 2, 128, 512))
+
+
+def default_budget(items: int) -> int:
+    """Candidates that a search looks at by default: 40 sqrt(n), at least 4,096. See docs/decisions."""
+    return max(_LEAST_BUDGET, int(_BUDGET_PER_ROOT * math.sqrt(items)))
+
+
+def default_rerank(k: int) -> int:
+    """Candidates whose exact distance is computed for k hits."""
+    return max(_LEAST_RERANK, _RERANK_PER_HIT * k)
+
+
+class SearchState:
+    """What searching needs in memory, read from the store when first needed. A write makes a new one necessary."""
+
+    def __init__(
+        self, store: Store, quantizer: Quantizer, tail: Tail | None, *, vectors_in: Literal["memory", "file"]
+    ) -> None:
+        self._store, self._quantizer, self._tail, self._vectors_in = store, quantizer, tail, vectors_in
+        self._lock = RLock()
+        self.config = store.config
+        self.layout = store.layout
+        self.codes = store.codes()
+
+    def __len__(self) -> int:
+        return len(self.codes.rows)
+
+    @cached_property
+    def leaves(self) -> Leaves:
+        """The leaves; one with everything, if the codes are not a hierarchy."""
+        if not self._quantizer.hierarchical:
+            return whole_index(len(self), self.layout)
+        return make_leaves(self.codes.sids, self.layout, self.config.leaf_size or default_leaf_size(len(self)))
+
+    @cached_property
+    def scorer(self) -> LeafScorer:
+        """Scores the leaves for a query."""
+        if self._quantizer.codebooks is not None:
+            return additive_scorer(self.leaves, self._quantizer.codebooks, self.codes.sids, self.config.metric)
+        return centroid_scorer(self.leaves, self._decoded.take, self.config.metric)
+
+    @cached_property
+    def vectors(self) -> VectorsByPosition:
+        """Where exact distances come from."""
+        if self.config.vectors == "none":
+            return self._decoded
+        if self._vectors_in == "file":
+            return FileVectors(self._store, self.codes.rows, self.config.metric)
+        return MemoryVectors.load(self._store, self.position_of_row, self.config.metric)
+
+    @cached_property
+    def executor(self) -> Executor:
+        """Scans the leaves."""
+        return choose_executor(
+            ScanData(
+                self.leaves, self.codes, self._quantizer, self.vectors, self.config.metric, self._tail, self._read_tail
+            )
+        )
+
+    @cached_property
+    def ids(self) -> Any:
+        """The ids of all items, an Arrow array."""
+        return self._store.ids()
+
+    @cached_property
+    def position_of_row(self) -> NDArray[np.int64]:
+        """For each row number ever given, the position of its item; -1 if there is none."""
+        rows = self.codes.rows
+        positions = np.full(int(rows.max(initial=-1)) + 1, -1, dtype=np.int64)
+        positions[rows] = np.arange(len(rows))
+        return positions
+
+    def prepare(self) -> SearchState:
+        """Read all that a search needs. Any number of threads may call it."""
+        with self._lock:
+            _ = self.scorer, self.vectors, self.executor, self.ids
+        return self
+
+    def codes_at(self, positions: Positions) -> NDArray[np.int32]:
+        """The codes at some positions: (m, levels)."""
+        return unpack(
+            self.codes.sids[positions], self.layout, None if self.codes.rest is None else self.codes.rest[positions]
+        )
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held for searching, part by part; only of what was read already."""
+        loaded = vars(self)
+        parts = {
+            "codes": self.codes.rows.nbytes
+            + self.codes.sids.nbytes
+            + (0 if self.codes.rest is None else self.codes.rest.nbytes)
+        }
+        if "vectors" in loaded:
+            parts["vectors"] = self.vectors.nbytes
+        if "executor" in loaded:
+            parts["executor"] = self.executor.nbytes
+        if "ids" in loaded:
+            parts["ids"] = int(self.ids.nbytes)
+        if "scorer" in loaded:
+            parts["leaves"] = (
+                self.leaves.starts.nbytes
+                + self.leaves.lowest.nbytes
+                + self.leaves.bits.nbytes
+                + 2 * self.scorer.words.nbytes
+            )
+        if "position_of_row" in loaded:
+            parts["positions"] = self.position_of_row.nbytes
+        return parts
+
+    @cached_property
+    def _decoded(self) -> DecodedVectors:
+        return DecodedVectors(self._quantizer, self.codes, self.leaves, self.config.dim, self.config.metric)
+
+    def _read_tail(self) -> NDArray[np.uint8]:
+        codes: NDArray[np.uint8] | None = None
+        for rows, batch in self._store.vector_batches("tail"):
+            if codes is None:
+                codes = np.empty((len(self), batch["tail"].shape[1]), dtype=np.uint8)
+            codes[self.position_of_row[rows]] = batch["tail"]
+        return np.empty((0, 0), dtype=np.uint8) if codes is None else codes
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """One checked call of search."""
+
+    queries: Vectors
+    single: bool
+    k: int
+    probes: int | None = None
+    rerank: int | None = None
+    exact: bool = False
+    threads: int | None = None
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("k", "probes", "rerank", "threads"):
+            value = getattr(self, name)
+            if value is None and name != "k":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise InvalidArgumentError(f"{name} must be a whole number, at least 1, not {value!r}.")
+        if self.rerank is not None and self.rerank < self.k:
+            raise InvalidArgumentError(f"rerank={self.rerank} candidates cannot give k={self.k} hits. Use at least k.")
+        if self.timeout is not None and not self.timeout > 0:
+            raise InvalidArgumentError(f"timeout must be a number of seconds above 0, not {self.timeout!r}.")
+
+
+@dataclass
+class _Clock:
+    """Sums up the time of each step, and ends a search that runs past its timeout."""
+
+    timeout: float | None
+    started: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - before
+
+    def check(self) -> None:
+        if self.timeout is not None and time.perf_counter() - self.started > self.timeout:
+            raise SearchTimeoutError(
+                f"The search ran past its timeout of {self.timeout} s. Allow more, or ask for fewer probes."
+            )
+
+
+@dataclass(frozen=True)
+class _Hits:
+    """What one block of queries found: each (q, k), padded with -1 and inf; and how it went."""
+
+    positions: Positions
+    distances: Distances
+    probes: Probes | None = None
+    reranked: float = 0.0
+
+
+def search(
+    state: SearchState, request: SearchRequest, allowed: NDArray[np.int64] | None, *, filter_seconds: float = 0.0
+) -> SearchResult:
+    """The k nearest items for each query; of the ``allowed`` rows only, if given."""
+    clock = _Clock(request.timeout)
+    if allowed is not None:
+        clock.seconds["filter"] = filter_seconds
+    with clock.step("load"):
+        state.prepare()
+    items = len(state) if allowed is None else len(allowed)
+    k = min(int(request.k), items)
+    mask_positions = None if allowed is None else np.sort(state.position_of_row[allowed])
+    plan = _plan(state, request, items, filtered=allowed is not None)
+    blocks: list[_Hits] = []
+    with faiss_threads(request.threads):
+        for start in range(0, len(request.queries), _BLOCK) if k else ():
+            clock.check()
+            queries = request.queries[start : start + _BLOCK]
+            if state.config.metric == "cosine":
+                queries = normalized(queries)
+            blocks.append(_search_block(state, request, queries, k, plan.way, mask_positions, clock))
+    clock.check()
+    return _result(state, request, blocks, plan.text, items if allowed is not None else None, clock)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    way: Literal["nothing", "exact", "filtered", "leaves"]
+    text: str
+
+
+def _plan(state: SearchState, request: SearchRequest, items: int, *, filtered: bool) -> _Plan:
+    """How to carry out a search, and why."""
+    if not items:
+        return _Plan("nothing", "no item can be a hit")
+    of_what = "all items that fulfil the filter" if filtered else "all items"
+    if request.exact:
+        return _Plan("exact", f"distances to {of_what}, because exact=True")
+    if filtered and items <= default_budget(items):
+        return _Plan("exact", f"distances to {of_what}, because they are few ({items:,})")
+    if filtered:
+        return _Plan("filtered", f"probe leaves that hold some of the {items:,} items that fulfil the filter")
+    return _Plan("leaves", f"probe the best of {len(state.leaves):,} leaves")
+
+
+def _search_block(
+    state: SearchState,
+    request: SearchRequest,
+    queries: Vectors,
+    k: int,
+    way: str,
+    allowed: Positions | None,
+    clock: _Clock,
+) -> _Hits:
+    if way == "exact":
+        with clock.step("rerank"):
+            positions, distances = state.vectors.nearest(queries, k, allowed)
+        return _Hits(positions, distances, reranked=float(state.vectors.count if allowed is None else len(allowed)))
+    with clock.step("lookup"):
+        items = state.leaves.sizes if allowed is None else np.diff(np.searchsorted(allowed, state.leaves.starts))
+        budget = default_budget(int(items.sum()))
+        threads = request.threads or os.cpu_count() or 1
+        probes = choose_probes(
+            state.scorer, queries, items, at_least=k, budget=budget, probes=request.probes, threads=threads
+        )
+    if allowed is not None:
+        return _scan_allowed(state, queries, probes, allowed, k, clock)
+    rerank = min(max(int(request.rerank or default_rerank(k)), k), int(probes.candidates.max()))
+    with clock.step("scan"):
+        distances, positions = state.executor.search(queries, probes, k if state.executor.exact else rerank)
+    if state.executor.exact:
+        return _Hits(positions, distances, probes, float(probes.candidates.mean()))
+    with clock.step("rerank"):
+        distances = state.vectors.distances(queries, positions)
+        positions, distances = smallest(positions, distances, k)
+    return _Hits(positions, distances, probes, float(rerank))
+
+
+def _scan_allowed(
+    state: SearchState, queries: Vectors, probes: Probes, allowed: Positions, k: int, clock: _Clock
+) -> _Hits:
+    """Exact distances for those items of the probed leaves that a filter allows."""
+    with clock.step("rerank"):
+        is_allowed = np.zeros(len(state), dtype=bool)
+        is_allowed[allowed] = True
+        candidates = (mine[is_allowed[mine]] for mine in candidates_of(state.leaves, probes))
+        distances, positions = search_candidates(state.vectors, queries, candidates, k)
+    return _Hits(positions, distances, probes, float(probes.candidates.mean()))
+
+
+def _result(
+    state: SearchState, request: SearchRequest, blocks: list[_Hits], plan: str, matches: int | None, clock: _Clock
+) -> SearchResult:
+    queries = len(request.queries)
+    if blocks:
+        found = np.concatenate([block.positions for block in blocks])
+        near = np.concatenate([block.distances for block in blocks])
+    else:
+        found, near = np.empty((queries, 0), dtype=np.int64), np.empty((queries, 0), dtype=np.float32)
+    hit = found >= 0
+    positions = found[hit]
+    with clock.step("ids"):
+        ids = state.ids.take(positions)
+        flat_ids = ids.to_numpy(zero_copy_only=False)
+    probes = [block.probes for block in blocks if block.probes is not None]
+    sizes = [len(block.positions) for block in blocks]
+    trace = SearchTrace(
+        queries=queries,
+        k=int(request.k),
+        leaves=len(state.leaves),
+        probed=_mean([part.counts for part in probes]),
+        candidates=_mean([part.candidates for part in probes])
+        if probes
+        else float(np.average([b.reranked for b in blocks], weights=sizes) if blocks else 0),
+        reranked=float(np.average([block.reranked for block in blocks], weights=sizes)) if blocks else 0.0,
+        matches=matches,
+        distances="exact" if state.vectors.exact else "decoded",
+        executor=state.executor.name if probes and matches is None else "brute force",
+        seconds=dict(clock.seconds, total=time.perf_counter() - clock.started),
+        probes=_shown_probes(state, request, probes[0]) if request.single and probes else (),
+        plan=plan,
+    )
+    offsets = np.concatenate([[0], np.cumsum(hit.sum(axis=1))])
+    return SearchResult(flat_ids, near[hit], lambda: state.codes_at(positions), offsets, request.single, trace)
+
+
+def _mean(parts: list[NDArray[np.int64]]) -> float:
+    return float(np.concatenate(parts).mean()) if parts else 0.0
+
+
+def _shown_probes(state: SearchState, request: SearchRequest, probes: Probes) -> tuple[Probe, ...]:
+    query = normalized(request.queries)[0] if state.config.metric == "cosine" else request.queries[0]
+    leaves = probes.leaves[0][probes.leaves[0] >= 0][:_SHOWN_PROBES].tolist()
+    scores = state.scorer.distances(query, probes.scores[0, : len(leaves)], state.config.metric)
+    return tuple(
+        Probe(state.leaves.text(leaf), float(score), int(state.leaves.sizes[leaf]))
+        for leaf, score in zip(leaves, scores, strict=True)
+    )

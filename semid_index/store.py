@@ -1,0 +1,669 @@
+"""The only module that talks to DuckDB: one file, or one database in memory, per index.
+
+Methods are named for the question they answer and return arrays and Arrow tables, never cursors. Reads use a cursor of
+their own, so they may come from any thread. Writes take a lock and are one transaction each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import duckdb
+import numpy as np
+from numpy.typing import NDArray
+
+from semid_index import tables
+from semid_index.codes import CodeLayout, Prefix, prefix_range, unpack
+from semid_index.errors import (
+    CorruptIndexError,
+    DuplicateIdError,
+    IndexClosedError,
+    IndexExistsError,
+    IndexFileError,
+    IndexLockedError,
+    IndexNotFoundError,
+    InvalidArgumentError,
+    NewerFormatError,
+    NotAnIndexError,
+    ReadOnlyError,
+    SemidError,
+    StorageError,
+)
+from semid_index.filters import CheckedFilter
+from semid_index.records import IdType, IndexConfig
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_DUCKDB_MAGIC = b"DUCK"  # at byte 8 of every DuckDB file
+_CONNECT_CONFIG = {
+    "storage_compatibility_version": "v1.2.0",  # DuckDB 1.5 and 2.x both read such files
+    "autoinstall_known_extensions": "false",  # an index needs none, and must not reach for the network
+}
+_CODEBOOK_NAME = re.compile(r"codebook_(\d+)")
+_READ_BATCH = 65_536
+
+
+@dataclass(frozen=True)
+class ItemBatch:
+    """Encoded items on their way into the store; every array has one entry per item."""
+
+    rows: NDArray[np.int64]
+    ids: pa.Array
+    sids: NDArray[np.int64]
+    rest: NDArray[np.integer] | None
+    norms: NDArray[np.float32]
+    """Squared length of the decoded vector."""
+    vectors: Mapping[str, NDArray[Any]]
+    """Columns of ``semid_vectors``: ``v`` (n, dim), ``scale`` (n,), ``tail`` (n, bytes), as far as there are any."""
+    metadata: pa.Table | None
+
+
+@dataclass(frozen=True)
+class StoredCodes:
+    """The codes of all items, sorted by sid (and rest, and row)."""
+
+    rows: NDArray[np.int64]
+    sids: NDArray[np.int64]
+    rest: NDArray[np.integer] | None
+
+
+class Store:
+    """One open index file."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, path: Path | None, *, read_only: bool) -> None:
+        self._connection: duckdb.DuckDBPyConnection | None = connection
+        self._write_lock = threading.RLock()
+        self.path = path
+        self.read_only = read_only
+
+    # -- opening and closing ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str] | None, config: IndexConfig, *, overwrite: bool = False) -> Self:
+        """A new, untrained index; in memory if ``path`` is None."""
+        file = None if path is None else Path(path)
+        if file is not None:
+            _make_room(file, overwrite=overwrite)
+        store = cls(_connect(file, read_only=False), file, read_only=False)
+        try:
+            with store.writing() as cursor:
+                tables.migrate(cursor.execute, found=0)
+                _write_meta(cursor, format_version=tables.FORMAT_VERSION, config=asdict(config), next_row=0)
+        except BaseException:
+            store.close()
+            if file is not None:
+                _remove(file)
+            raise
+        return store
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, read_only: bool = False) -> Self:
+        """The index in an existing file, brought to today's format if it is older."""
+        file = Path(path)
+        _check_is_database(file)
+        store = cls(_connect(file, read_only=read_only), file, read_only=read_only)
+        try:
+            found = store._format_version()
+            tables.check_format(found)
+            if found < tables.FORMAT_VERSION and not read_only:
+                with store.writing() as cursor:
+                    tables.migrate(cursor.execute, found)
+                    _write_meta(cursor, format_version=tables.FORMAT_VERSION)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def close(self) -> None:
+        """Release the file. Closing twice is allowed."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the index was closed."""
+        return self._connection is None
+
+    def cursor(self) -> duckdb.DuckDBPyConnection:
+        """A connection of one's own to the same database, for one thread."""
+        if self._connection is None:
+            raise IndexClosedError("The index is closed. Open it again with semid_index.open(path).")
+        return self._connection.cursor()
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def writing(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """One transaction: all of what is executed inside is kept, or nothing."""
+        if self.read_only:
+            raise ReadOnlyError(f"{self.path} is open for reading only. Open it without read_only=True to change it.")
+        with self._write_lock, _errors_translated(self.path):
+            cursor = self.cursor()
+            cursor.execute("BEGIN")
+            try:
+                yield cursor
+                cursor.execute("COMMIT")
+            except BaseException:
+                with suppress(duckdb.Error):  # COMMIT may have ended the transaction already
+                    cursor.execute("ROLLBACK")
+                raise
+            finally:
+                cursor.close()
+
+    def save_training(
+        self,
+        config: IndexConfig,
+        report: Mapping[str, Any],
+        layout: CodeLayout,
+        arrays: Mapping[str, NDArray[Any]],
+        *,
+        hierarchical: bool,
+    ) -> None:
+        """What training learned, and empty tables for the items."""
+        codebooks = {name: array for name, array in arrays.items() if _CODEBOOK_NAME.fullmatch(name)}
+        with self.writing() as cursor:
+            _write_meta(
+                cursor,
+                config=asdict(config),
+                codebook_sizes=list(layout.codebook_sizes),
+                hierarchical=hierarchical,
+                train_report=report,
+            )
+            if codebooks:
+                tables.create_codebook_table(cursor.execute, config.dim)
+            for name, codebook in codebooks.items():
+                _insert_codebook(cursor, int(name.removeprefix("codebook_")), codebook)
+            for name, array in arrays.items():
+                if name not in codebooks:
+                    plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+                    values = [name, plain.dtype.str, list(plain.shape), plain.tobytes()]
+                    cursor.execute("INSERT INTO semid_array VALUES (?, ?, ?, ?)", values)
+            _create_item_tables(cursor, config, layout, "int", hierarchical=hierarchical)
+
+    @contextmanager
+    def appending(self, id_type: IdType) -> Iterator[Appending]:
+        """Append items, in batches, in one transaction; they are sorted by sid when it ends."""
+        with self.writing() as cursor:
+            if self.id_type is None:
+                if id_type != "int":  # training made the tables for integers
+                    _create_item_tables(cursor, self.config, self.layout, id_type, hierarchical=self.hierarchical)
+                _write_meta(cursor, id_type=id_type)
+            appending = Appending(cursor, self.layout)
+            yield appending
+            appending.finish()
+            _write_meta(cursor, next_row=appending.next_row)
+
+    # -- settings -----------------------------------------------------------------------------------------------------
+
+    def meta(self, key: str) -> Any:
+        """One setting; None if it was never written."""
+        found = self._fetch("SELECT value FROM semid_meta WHERE key = ?", [key])
+        return json.loads(found[0][0]) if found else None
+
+    @property
+    def config(self) -> IndexConfig:
+        """What the index is."""
+        return IndexConfig(**self.meta("config"))
+
+    @property
+    def layout(self) -> CodeLayout:
+        """How codes are packed; only once trained."""
+        return CodeLayout(tuple(self.meta("codebook_sizes")))
+
+    @property
+    def hierarchical(self) -> bool:
+        """Whether a prefix of the codes means something."""
+        return bool(self.meta("hierarchical"))
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether codebooks were learned."""
+        return self.meta("codebook_sizes") is not None
+
+    @property
+    def id_type(self) -> IdType | None:
+        """The type of the ids, fixed by the first add; None before."""
+        id_type: IdType | None = self.meta("id_type")
+        return id_type
+
+    @property
+    def next_row(self) -> int:
+        """The number that the next new item gets."""
+        return int(self.meta("next_row"))
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return int(self._fetch("SELECT count(*) FROM semid_codes")[0][0]) if self.is_trained else 0
+
+    def learned_arrays(self) -> dict[str, NDArray[Any]]:
+        """Everything that training saved, by name."""
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, dtype, shape, data in self._fetch("SELECT name, dtype, shape, data FROM semid_array"):
+            arrays[name] = _array_from_bytes(name, dtype, shape, data)
+        if self._has_table("semid_codebook"):
+            codebooks = self.arrow("SELECT level, codeword FROM semid_codebook ORDER BY level, code")
+            levels = codebooks["level"].to_numpy()
+            words = fixed_size_matrix(codebooks["codeword"])
+            for level in np.unique(levels):
+                arrays[f"codebook_{level}"] = words[levels == level]
+        return arrays
+
+    def codes(self) -> StoredCodes:
+        """The codes of all items. Reads no ids and no vectors."""
+        rest = ", sid_rest" if self.layout.rest_levels else ""
+        found = self.arrow(f"SELECT row, sid{rest} FROM semid_codes ORDER BY sid{rest}, row")
+        return StoredCodes(
+            found["row"].to_numpy(), found["sid"].to_numpy(), fixed_size_matrix(found["sid_rest"]) if rest else None
+        )
+
+    def codes_of(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        """The codes of some rows, in the order asked for: (m, levels)."""
+        import pyarrow as pa
+
+        wanted = pa.table({"row": rows, "position": np.arange(len(rows))})
+        rest = ", sid_rest" if self.layout.rest_levels else ""
+        found = self.arrow(
+            f"SELECT sid{rest} FROM wanted w JOIN semid_codes c ON c.row = w.row ORDER BY w.position", wanted=wanted
+        )
+        return unpack(found["sid"].to_numpy(), self.layout, fixed_size_matrix(found["sid_rest"]) if rest else None)
+
+    def ids(self) -> pa.Array:
+        """The id of each item, in the order of :meth:`codes`."""
+        rest = ", sid_rest" if self.layout.rest_levels else ""
+        column = self.arrow(f"SELECT id FROM semid_codes ORDER BY sid{rest}, row")["id"]
+        return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+
+    def vector_batches(self, *columns: str) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
+        """The rows and the named columns of ``semid_vectors``, some ten thousand items at a time."""
+        with _errors_translated(self.path):
+            relation = self.cursor().sql(f"SELECT row, {', '.join(columns)} FROM semid_vectors")
+            for batch in relation.to_arrow_reader(_READ_BATCH):
+                yield batch.column(0).to_numpy(), {name: _column(batch.column(i)) for i, name in enumerate(columns, 1)}
+
+    def vectors_of(self, rows: NDArray[np.int64], *columns: str) -> dict[str, NDArray[Any]]:
+        """The named columns of ``semid_vectors`` for some rows, in the order asked for."""
+        import pyarrow as pa
+
+        wanted, inverse = np.unique(rows, return_inverse=True)
+        found = self.arrow(
+            f"SELECT v.row, {', '.join('v.' + name for name in columns)} FROM semid_vectors v JOIN wanted USING (row)",
+            wanted=pa.table({"row": wanted}),
+        )
+        order = np.argsort(found["row"].to_numpy())
+        if len(order) != len(wanted):
+            raise CorruptIndexError(f"{len(wanted) - len(order)} stored vectors are missing from {self.path}.")
+        return {name: _column(found[name])[order][inverse] for name in columns}
+
+    def existing_ids(self, ids: pa.Array) -> list[Any]:
+        """Those of the ids that the index has, at most ten of them."""
+        import pyarrow as pa
+
+        found = self.arrow("SELECT id FROM semid_codes JOIN wanted USING (id) LIMIT 10", wanted=pa.table({"id": ids}))
+        return list(found["id"].to_pylist())
+
+    def rows_of_ids(self, ids: pa.Array) -> NDArray[np.int64]:
+        """The row of each id; -1 where the index has no such item."""
+        import pyarrow as pa
+
+        wanted = pa.table({"id": ids, "position": np.arange(len(ids))})
+        found = self.arrow("SELECT position, row FROM semid_codes JOIN wanted USING (id)", wanted=wanted)
+        rows = np.full(len(ids), -1, dtype=np.int64)
+        rows[found["position"].to_numpy()] = found["row"].to_numpy()
+        return rows
+
+    def largest_id(self) -> int:
+        """The largest integer id; -1 in an empty index."""
+        return int(self._fetch("SELECT coalesce(max(id), -1) FROM semid_codes")[0][0])
+
+    def filter_columns(self) -> dict[str, str]:
+        """What a filter may speak of: name -> SQL over ``semid_codes c`` joined with ``items i``.
+
+        A column of the user's wins over one of ours with the same name.
+        """
+        ours = {"id": "c.id", "sid": "c.sid", "dup_rank": "c.dup_rank", **tables.code_expressions(self.layout)}
+        if self.hierarchical:
+            ours |= tables.prefix_expressions(self.layout)
+        users = {name: f"i.{tables.quoted(name)}" for name in self.item_columns() if name != "id"}
+        lowered = {name.lower() for name in users}
+        return {name: sql for name, sql in ours.items() if name not in lowered} | users
+
+    def item_columns(self) -> dict[str, str]:
+        """The columns of ``items``: name -> type, in order."""
+        return dict(
+            self._fetch(
+                "SELECT column_name, data_type FROM duckdb_columns() "
+                "WHERE table_name = 'items' AND NOT internal ORDER BY column_index"
+            )
+        )
+
+    def matching_rows(self, condition: CheckedFilter) -> NDArray[np.int64]:
+        """The rows of the items that fulfil a checked filter."""
+        columns = self.filter_columns()
+        used = {name: sql for name, sql in columns.items() if name in condition.columns}
+        select = ", ".join(["c.row AS semid_row", *(f"{sql} AS {tables.quoted(name)}" for name, sql in used.items())])
+        source = f"(SELECT {select} FROM semid_codes c JOIN items i ON i.id = c.id)"
+        found = self.arrow(f"SELECT semid_row FROM {source} AS f WHERE {condition.sql}", params=condition.params)
+        return found["semid_row"].to_numpy()  # type: ignore[no-any-return]
+
+    def items_under(self, prefix: Prefix) -> pa.Table:
+        """The items below a prefix, with their IDs and metadata, in the order of their IDs."""
+        return self.arrow(
+            f"SELECT c.id, {tables.text_expression(self.layout)} AS semantic_id{self._metadata_columns()} "
+            f"FROM (FROM semid_codes WHERE {self._under(prefix)}) c JOIN items i ON i.id = c.id "
+            f"ORDER BY c.sid, {'c.sid_rest, ' if self.layout.rest_levels else ''}c.row"
+        )
+
+    def shelves(self, depth: int, under: Prefix, *, examples: int) -> list[tuple[tuple[int, ...], int, list[Any]]]:
+        """The prefixes of ``depth`` codes below ``under``: codes, number of items, some ids; largest first."""
+        codes = list(tables.code_expressions(self.layout).values())[:depth]
+        names = ", ".join(f"k{level}" for level in range(depth))
+        keys = ", ".join(f"{sql} AS k{level}" for level, sql in enumerate(codes))
+        found = self._fetch(
+            f"SELECT {names}, count(*) AS n, list(id ORDER BY position)[:{examples}] FROM "
+            f"(SELECT {keys}, id, row AS position FROM semid_codes WHERE {self._under(under)}) "
+            f"GROUP BY {names} ORDER BY n DESC, {names}"
+        )
+        return [(tuple(row[:depth]), int(row[depth]), list(row[depth + 1] or ())) for row in found]
+
+    def items(self, ids: pa.Array) -> pa.Table:
+        """The items with these ids, in the order asked for; ids that the index does not have are left out."""
+        import pyarrow as pa
+
+        wanted = pa.table({"id": ids, "position": np.arange(len(ids))})
+        return self.arrow(
+            f"SELECT c.id, {tables.text_expression(self.layout)} AS semantic_id{self._metadata_columns()} "
+            "FROM wanted w JOIN semid_codes c ON c.id = w.id JOIN items i ON i.id = c.id ORDER BY w.position",
+            wanted=wanted,
+        )
+
+    def shared_ids(self) -> int:
+        """How many items share their semantic ID with another item."""
+        key = "sid, sid_rest" if self.layout.rest_levels else "sid"
+        return int(
+            self._fetch(
+                f"SELECT coalesce(sum(n), 0) FROM (SELECT count(*) AS n FROM semid_codes GROUP BY {key} HAVING n > 1)"
+            )[0][0]
+        )
+
+    def file_bytes(self) -> int:
+        """The size of the file with its write-ahead log; 0 for an index in memory."""
+        if self.path is None:
+            return 0
+        return sum(part.stat().st_size for part in (self.path, _wal(self.path)) if part.exists())
+
+    def column_bytes(self) -> dict[str, int]:
+        """Bytes of the file's data blocks, column by column (``table.column``), after a checkpoint."""
+        sizes: dict[str, int] = {}
+        block = int(self._fetch("SELECT block_size FROM pragma_database_size() LIMIT 1")[0][0])
+        for table in ("semid_codes", "semid_vectors", "items", "semid_codebook", "semid_array"):
+            if self._has_table(table):
+                found = self._fetch(
+                    "SELECT column_name, count(DISTINCT block) FROM (SELECT column_name, "
+                    "unnest(list_append(additional_block_ids, block_id)) AS block "
+                    f"FROM pragma_storage_info('{table}') WHERE persistent) GROUP BY column_name"
+                )
+                sizes |= {f"{table}.{column}": int(blocks) * block for column, blocks in found}
+        return sizes
+
+    def arrow(self, query: str, *, params: Any = None, **registered: pa.Table) -> pa.Table:
+        """The result of a query; keyword arguments are Arrow tables that it may name."""
+        with _errors_translated(self.path):
+            cursor = self.cursor()
+            for name, table in registered.items():
+                cursor.register(name, table)
+            try:
+                return cursor.sql(query, params=params or None).to_arrow_table()
+            finally:
+                for name in registered:
+                    cursor.unregister(name)
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _fetch(self, query: str, params: list[Any] | None = None) -> list[tuple[Any, ...]]:
+        with _errors_translated(self.path):
+            return self.cursor().execute(query, params or []).fetchall()
+
+    def _has_table(self, name: str) -> bool:
+        return bool(self._fetch("SELECT 1 FROM duckdb_tables() WHERE table_name = ? AND NOT internal", [name]))
+
+    def _format_version(self) -> int:
+        if not self._has_table("semid_meta"):
+            raise NotAnIndexError(
+                f"{self.path} is a DuckDB database, but not one of semid-index: it has no table semid_meta."
+            )
+        version = self.meta("format_version")
+        if not isinstance(version, int):
+            raise CorruptIndexError(f"{self.path} does not say which format it has.")
+        return version
+
+    def _under(self, prefix: Prefix) -> str:
+        lo, hi = prefix_range(prefix, self.layout)
+        rest = prefix[self.layout.packed_levels :]
+        conditions = [f"sid >= {lo} AND sid < {hi}", *(f"sid_rest[{i}] = {code}" for i, code in enumerate(rest, 1))]
+        return " AND ".join(conditions)
+
+    def _metadata_columns(self) -> str:
+        """SQL for the user's columns of ``items i``, after others."""
+        return ", i.* EXCLUDE (id)" if len(self.item_columns()) > 1 else ""
+
+
+class Appending:
+    """Collects batches in a staging table; :meth:`finish` moves them to their place, sorted."""
+
+    def __init__(self, cursor: duckdb.DuckDBPyConnection, layout: CodeLayout) -> None:
+        self._cursor = cursor
+        self._layout = layout
+        self.next_row = 0
+        cursor.execute(
+            "CREATE OR REPLACE TEMP TABLE semid_staged AS SELECT * EXCLUDE (dup_rank) FROM semid_codes LIMIT 0"
+        )
+
+    def add(self, batch: ItemBatch) -> None:
+        """Stage the codes of some items, and write their vectors and metadata."""
+        import pyarrow as pa
+
+        codes = {"row": batch.rows, "id": batch.ids, "sid": batch.sids}
+        if batch.rest is not None:
+            codes["sid_rest"] = fixed_size_list(batch.rest)
+        codes["bucket"] = (batch.sids >> tables.bucket_shift(self._layout)).astype(np.int32)
+        codes["norm2"] = batch.norms
+        _run_over(self._cursor, pa.table(codes), "INSERT INTO semid_staged BY NAME SELECT * FROM batch")
+        if batch.vectors:
+            stored = {name: fixed_size_list(v) if v.ndim == 2 else pa.array(v) for name, v in batch.vectors.items()}
+            vectors = pa.table({"row": batch.rows, **stored})
+            _run_over(self._cursor, vectors, "INSERT INTO semid_vectors BY NAME SELECT * FROM batch")
+        self._add_metadata(batch)
+        self.next_row = int(batch.rows[-1]) + 1
+
+    def finish(self) -> None:
+        """Move the staged codes into ``semid_codes`` in the order of their sids, and number those that share one."""
+        key = ["sid", "sid_rest"] if self._layout.rest_levels else ["sid"]
+        names = ", ".join(key)
+        staged = ", ".join(f"staged.{name}" for name in key)
+        same = " AND ".join(f"old.{name} = staged.{name}" for name in key)
+        self._cursor.execute(f"""
+            INSERT INTO semid_codes BY NAME
+            WITH old AS (SELECT {names}, max(dup_rank) + 1 AS ranks FROM semid_codes GROUP BY {names})
+            SELECT staged.*,
+                   (coalesce(old.ranks, 0) + row_number() OVER (PARTITION BY {staged} ORDER BY staged.row) - 1)::INTEGER
+                   AS dup_rank
+            FROM semid_staged AS staged LEFT JOIN old ON {same}
+            ORDER BY {staged}, staged.row
+            """)
+        self._cursor.execute("DROP TABLE semid_staged")
+
+    def _add_metadata(self, batch: ItemBatch) -> None:
+        import pyarrow as pa
+
+        if batch.metadata is None:
+            _run_over(self._cursor, pa.table({"id": batch.ids}), "INSERT INTO items (id) SELECT id FROM batch")
+            return
+        table = batch.metadata.add_column(0, "id", batch.ids)
+        known = {row[0].lower() for row in self._cursor.execute("DESCRIBE items").fetchall()}
+        for name, sql_type, *_ in _run_over(self._cursor, table, "DESCRIBE SELECT * FROM batch"):
+            if name.lower() not in known:
+                self._cursor.execute(f"ALTER TABLE items ADD COLUMN {tables.quoted(name)} {sql_type}")
+        try:
+            _run_over(self._cursor, table, "INSERT INTO items BY NAME SELECT * FROM batch")
+        except duckdb.ConversionException as error:
+            raise InvalidArgumentError(
+                f"The metadata does not fit the columns of items: {_first_line(error)}"
+            ) from error
+
+
+def fixed_size_list(matrix: NDArray[Any]) -> pa.Array:
+    """A (n, d) matrix as an Arrow column of fixed-size lists, without copying it."""
+    import pyarrow as pa
+
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(matrix).reshape(-1)), matrix.shape[1])
+
+
+def fixed_size_matrix(column: Any) -> NDArray[Any]:
+    """An Arrow column of fixed-size lists as a (n, d) matrix."""
+    width = column.type.list_size
+    parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in getattr(column, "chunks", [column])]
+    if not parts:
+        return np.empty((0, width), dtype=column.type.value_type.to_pandas_dtype())
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(-1, width)
+
+
+def _column(column: Any) -> NDArray[Any]:
+    import pyarrow as pa
+
+    return fixed_size_matrix(column) if pa.types.is_fixed_size_list(column.type) else column.to_numpy()
+
+
+def _run_over(cursor: duckdb.DuckDBPyConnection, batch: pa.Table, query: str) -> list[tuple[Any, ...]]:
+    """Run a query that reads the Arrow table under the name ``batch``."""
+    cursor.register("batch", batch)
+    try:
+        return cursor.execute(query).fetchall()
+    finally:
+        cursor.unregister("batch")
+
+
+def _write_meta(cursor: duckdb.DuckDBPyConnection, **values: Any) -> None:
+    for key, value in values.items():
+        cursor.execute("INSERT OR REPLACE INTO semid_meta VALUES (?, ?)", [key, json.dumps(value)])
+
+
+def _create_item_tables(
+    cursor: duckdb.DuckDBPyConnection, config: IndexConfig, layout: CodeLayout, id_type: IdType, *, hierarchical: bool
+) -> None:
+    tables.create_item_tables(
+        cursor.execute,
+        layout,
+        dim=config.dim,
+        id_type=id_type,
+        tier=config.vectors,
+        tail_bytes=-(-(config.tail or 0) // 2),
+        hierarchical=hierarchical,
+    )
+
+
+def _insert_codebook(cursor: duckdb.DuckDBPyConnection, level: int, codebook: NDArray[np.float32]) -> None:
+    import pyarrow as pa
+
+    words = pa.table(
+        {
+            "level": np.full(len(codebook), level, dtype=np.uint8),
+            "code": np.arange(len(codebook), dtype=np.uint16),
+            "codeword": fixed_size_list(codebook),
+        }
+    )
+    _run_over(cursor, words, "INSERT INTO semid_codebook SELECT * FROM batch")
+
+
+def _connect(path: Path | None, *, read_only: bool) -> duckdb.DuckDBPyConnection:
+    with _errors_translated(path):
+        return duckdb.connect(
+            ":memory:" if path is None else str(path), read_only=read_only, config=dict(_CONNECT_CONFIG)
+        )
+
+
+def _check_is_database(path: Path) -> None:
+    if not path.exists():
+        raise IndexNotFoundError(f"There is no file {path}. Make an index with semid_index.create(path, dim=...).")
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+    except OSError as error:
+        raise IndexFileError(f"{path} cannot be read: {error.strerror}.") from error
+    if head[8:12] != _DUCKDB_MAGIC:
+        raise NotAnIndexError(f"{path} is not an index of semid-index: it is no DuckDB file.")
+
+
+def _make_room(path: Path, *, overwrite: bool) -> None:
+    if path.exists():
+        if not overwrite:
+            raise IndexExistsError(
+                f"{path} exists. Open it with semid_index.open, or pass overwrite=True to replace it."
+            )
+        _remove(path)
+    if not path.parent.is_dir():
+        raise IndexFileError(f"There is no folder {path.parent}. Create it first.")
+
+
+def _remove(path: Path) -> None:
+    for part in (path, _wal(path)):
+        part.unlink(missing_ok=True)
+
+
+def _wal(path: Path) -> Path:
+    return path.with_name(path.name + ".wal")
+
+
+def _array_from_bytes(name: str, dtype: str, shape: list[int], data: bytes) -> NDArray[Any]:
+    kind = np.dtype(dtype)
+    if kind.hasobject or kind.itemsize * int(np.prod(shape, dtype=object)) != len(data):
+        raise CorruptIndexError(f"The stored array '{name}' does not have the size that its shape {shape} says.")
+    return np.frombuffer(data, dtype=kind).reshape(shape)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+@contextmanager
+def _errors_translated(path: Path | None) -> Iterator[None]:
+    """DuckDB's errors as ours, with what to do next."""
+    try:
+        yield
+    except SemidError:
+        raise
+    except duckdb.ConstraintException as error:
+        raise DuplicateIdError(f"An id is in the index already: {_first_line(error)}") from error
+    except duckdb.IOException as error:
+        raise _io_error(path, str(error)) from error
+    except duckdb.SerializationException as error:
+        raise CorruptIndexError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def _io_error(path: Path | None, message: str) -> IndexFileError:
+    line = message.strip().splitlines()[0]
+    if "Could not set lock" in message or "Conflicting lock" in message:
+        holder = re.search(r"\(PID (\d+)\)", message)
+        who = f" (process {holder[1]})" if holder else ""
+        return IndexLockedError(
+            f"{path} is open in another process{who}. Close it there; or open it with read_only=True in every process."
+        )
+    if "version number" in message:
+        return NewerFormatError(f"{path} was written by a later DuckDB. Run: pip install --upgrade duckdb ({line})")
+    if "read-only" in message.lower() or "Permission denied" in message:
+        return ReadOnlyError(
+            f"{path} cannot be written: {line}. Open it with read_only=True, or change its permissions."
+        )
+    if "No space left" in message or "File too large" in message:
+        return StorageError(f"Writing {path} failed, the index is as it was before: {line}")
+    return IndexFileError(f"{path}: {line}")

@@ -1,0 +1,153 @@
+"""The tables of an index, the view over them, and how older files become newer ones.
+
+======================= ==========================================================================================
+table                   what a row is
+======================= ==========================================================================================
+``semid_meta``          one setting, as JSON: format version, configuration, counters, report of the training
+``semid_codebook``      one codeword: level and code, and its vector
+``semid_array``         one other array that the quantizer learned, as raw little-endian bytes with type and shape
+``semid_codes``         one item: its number ``row``, the user's ``id``, its codes; kept sorted by sid
+``semid_vectors``       one item's stored vector (``v``), and the tail codes that sharpen distances; by ``row``
+``items``               the user's metadata, joined on ``id``
+``semantic_ids``        a view: the codes as text and as columns, one for each level and each prefix
+======================= ==========================================================================================
+
+``docs/file-format.md`` has every column. A released migration is never edited; a change of the tables is a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from semid_index.codes import CodeLayout
+from semid_index.errors import NewerFormatError
+from semid_index.records import IdType, Tier
+
+FORMAT_VERSION = 1
+MAX_CODE_COLUMNS = 64  # the view has a column per level up to here; scalar quantization has one level per dimension
+_ROUTING_BITS = 16  # the bucket column holds the longest prefix of whole levels that fits in so many bits
+
+Execute = Callable[[str], Any]
+
+ID_TYPES: dict[IdType, str] = {"int": "BIGINT", "str": "VARCHAR"}
+_VECTOR_TYPES: dict[Tier, str] = {"float32": "FLOAT", "float16": "USMALLINT", "int8": "TINYINT"}
+
+
+def quoted(name: str) -> str:
+    """A name as an SQL identifier. Every name that reaches SQL passes through here."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def check_format(found: int) -> None:
+    """Refuse a file that a later version wrote."""
+    if found > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"The index has format {found}, this version of semid-index reads up to {FORMAT_VERSION}. "
+            "Run: pip install --upgrade semid-index"
+        )
+
+
+def migrate(execute: Execute, found: int) -> None:
+    """Bring a file of format ``found`` to today's, one numbered step after the other."""
+    for step in _MIGRATIONS[found:]:
+        step(execute)
+
+
+def _m001_first_tables(execute: Execute) -> None:
+    execute("CREATE TABLE semid_meta (key VARCHAR PRIMARY KEY, value VARCHAR NOT NULL)")
+    execute(
+        "CREATE TABLE semid_array "
+        "(name VARCHAR PRIMARY KEY, dtype VARCHAR NOT NULL, shape BIGINT[] NOT NULL, data BLOB NOT NULL)"
+    )
+
+
+_MIGRATIONS: tuple[Callable[[Execute], None], ...] = (_m001_first_tables,)
+
+
+def create_codebook_table(execute: Execute, dim: int) -> None:
+    """The table of codewords; ``level`` counts from 1, as everywhere in SQL."""
+    execute(
+        "CREATE TABLE semid_codebook (level UTINYINT NOT NULL, code USMALLINT NOT NULL, "
+        f"codeword FLOAT[{dim}] NOT NULL, PRIMARY KEY (level, code))"
+    )
+
+
+def create_item_tables(
+    execute: Execute, layout: CodeLayout, *, dim: int, id_type: IdType, tier: Tier, tail_bytes: int, hierarchical: bool
+) -> None:
+    """The tables that hold items, empty, and the view over them; an earlier empty set is replaced."""
+    execute("DROP VIEW IF EXISTS semantic_ids")
+    for table in ("semid_codes", "semid_vectors", "items"):
+        execute(f"DROP TABLE IF EXISTS {table}")
+    rest = f", sid_rest {rest_type(layout)} NOT NULL" if layout.rest_levels else ""
+    execute(
+        f"CREATE TABLE semid_codes (row BIGINT NOT NULL, id {ID_TYPES[id_type]} PRIMARY KEY, "
+        f"sid BIGINT NOT NULL{rest}, bucket INTEGER NOT NULL, dup_rank INTEGER NOT NULL, norm2 FLOAT NOT NULL)"
+    )
+    if columns := vector_columns(dim, tier, tail_bytes):
+        execute(f"CREATE TABLE semid_vectors (row BIGINT NOT NULL, {', '.join(columns.values())})")
+    execute(f"CREATE TABLE items (id {ID_TYPES[id_type]} NOT NULL)")
+    execute(f"CREATE VIEW semantic_ids AS {semantic_ids_query(layout, hierarchical=hierarchical)}")
+
+
+def vector_columns(dim: int, tier: Tier, tail_bytes: int) -> dict[str, str]:
+    """The columns of ``semid_vectors`` beside ``row``: name -> declaration. Empty if nothing is stored."""
+    columns = {}
+    if tier != "none":
+        columns["v"] = f"v {_VECTOR_TYPES[tier]}[{dim}] NOT NULL"
+    if tier == "int8":
+        columns["scale"] = "scale FLOAT NOT NULL"
+    if tail_bytes:
+        columns["tail"] = f"tail UTINYINT[{tail_bytes}] NOT NULL"
+    return columns
+
+
+def rest_type(layout: CodeLayout) -> str:
+    """The SQL type of the levels that the sid has no room for."""
+    return f"{'UTINYINT' if layout.rest_dtype.itemsize == 1 else 'USMALLINT'}[{layout.rest_levels}]"
+
+
+def bucket_shift(layout: CodeLayout) -> int:
+    """How far a sid is shifted right to give its bucket: at least one level, at most 16 bits of them."""
+    depth = 1
+    while depth < layout.packed_levels and sum(layout.bits[: depth + 1]) <= _ROUTING_BITS:
+        depth += 1
+    return layout.shifts[depth - 1]
+
+
+def code_expressions(layout: CodeLayout) -> dict[str, str]:
+    """SQL for each level's code, ``c1`` and on, over the columns of ``semid_codes``."""
+    expressions = {}
+    for level, bits in enumerate(layout.bits[:MAX_CODE_COLUMNS]):
+        if level < layout.packed_levels:
+            expressions[f"c{level + 1}"] = f"((sid >> {layout.shifts[level]}) & {(1 << bits) - 1})::INTEGER"
+        else:
+            expressions[f"c{level + 1}"] = f"sid_rest[{level - layout.packed_levels + 1}]::INTEGER"
+    return expressions
+
+
+def prefix_expressions(layout: CodeLayout) -> dict[str, str]:
+    """SQL for each prefix as an integer, ``p1`` and on, as deep as the sid reaches."""
+    return {f"p{level + 1}": f"(sid >> {shift})" for level, shift in enumerate(layout.shifts)}
+
+
+def text_expression(layout: CodeLayout) -> str:
+    """SQL for the text form of an ID."""
+    packed = list(code_expressions(CodeLayout(layout.codebook_sizes[: layout.packed_levels])).values())
+    parts = [*packed, *(["array_to_string(sid_rest, '-')"] if layout.rest_levels else [])]
+    return f"concat_ws('-', {', '.join(parts)})"
+
+
+def semantic_ids_query(layout: CodeLayout, *, hierarchical: bool) -> str:
+    """The definition of the view ``semantic_ids``. Prefix columns exist only where a prefix means something."""
+    columns = {
+        "id": "id",
+        "sid": "sid",
+        "semantic_id": text_expression(layout),
+        **code_expressions(layout),
+        **(prefix_expressions(layout) if hierarchical else {}),
+        "dup_rank": "dup_rank",
+        "version": "1",
+    }
+    return "SELECT " + ", ".join(f"{sql} AS {name}" for name, sql in columns.items()) + " FROM semid_codes"
