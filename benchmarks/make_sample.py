@@ -19,25 +19,31 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 # Sections whose packages are things a reader can picture, kept whole ...
-WHOLE = set(
-    "comm database editors education electronics fonts games graphics hamradio httpd mail math news otherosfs science "
-    "sound tex text vcs video web".split()
-)
+WHOLE = {
+    *("comm", "database", "editors", "education", "electronics", "fonts", "games", "graphics", "hamradio", "httpd"),
+    *("mail", "math", "news", "otherosfs", "science", "sound", "tex", "text", "vcs", "video", "web"),
+}
 # ... and large ones of which this many packages are kept, the same at every run.
-CAPPED = {"gnu-r": 250, "net": 400, "perl": 400, "python": 400, "ruby": 250, "utils": 400}
+CAPPED = {"gnu-r": 200, "net": 400, "perl": 200, "python": 300, "ruby": 150, "utils": 400}
 
 # Parts that a program is split into, and series with one member for each language: they would be shelves of their own.
 PARTS = re.compile(r"-(common|data|dbg|dev|docs?|examples|l10n|locales?|rules)$|-(data|doc|help|l10n|lang|locale)-")
 LIBRARY = re.compile(r"lib(?!.*-perl$|reoffice|recad)")
-NOT_A_THING = re.compile(r"transitional|dummy|meta-?package|debug symbols|development files|documentation", re.IGNORECASE)
+NOT_A_THING = re.compile(
+    r"transitional|dummy|meta-?package|debug symbols|development files|documentation", re.IGNORECASE
+)
 SERIES_LIMIT = 12  # packages whose names begin with the same word, such as aspell-de, aspell-fr ...
 NOT_A_SERIES = {"fonts", "python3", "r", "ruby"}  # ... unless the word is only a naming convention
 
-NEAREST_TO_QUERY = 10  # the packages nearest to each query are kept wherever they come from, so that no query finds nothing
+NEAREST_TO_QUERY = (
+    10  # the packages nearest to each query are kept wherever they come from, so that no query finds nothing
+)
 NEVER = ["doc", "metapackages", "tasks"]
 
 
-def chosen_rows(items: list[dict[str, object]], vectors: NDArray[np.float32], queries: NDArray[np.float32]) -> list[int]:
+def chosen_rows(
+    items: list[dict[str, object]], vectors: NDArray[np.float32], queries: NDArray[np.float32]
+) -> list[int]:
     """The rows to keep, ordered by name."""
     never = np.isin([str(item["section"]) for item in items], NEVER)
     scores = np.where(never, -np.inf, queries @ vectors.T)
@@ -49,11 +55,11 @@ def chosen_rows(items: list[dict[str, object]], vectors: NDArray[np.float32], qu
     names = [str(item["name"]) for item in items]
     for row in sorted(range(len(items)), key=lambda row: (len(names[row]), names[row])):  # foo before foo-plugins
         name, summary, section = names[row], str(items[row]["summary"]), str(items[row]["section"])
-        if section not in WHOLE and section not in CAPPED or is_part(name, summary):
+        if (section not in WHOLE and section not in CAPPED) or is_part(name, summary):
             continue
         stem = re.split(r" [-–(]|: ", summary.lower())[0]  # "chess program (data files)" -> "chess program"
         word = name.split("-")[0]
-        if stem in summaries or series[word] >= SERIES_LIMIT and word not in NOT_A_SERIES:
+        if stem in summaries or (series[word] >= SERIES_LIMIT and word not in NOT_A_SERIES):
             continue
         summaries.add(stem)
         series[word] += 1
@@ -84,7 +90,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "semid_index" / "data")
     arguments = parser.parse_args()
 
-    table = pq.read_table(arguments.data / "debian.items.parquet", columns=["name", "summary", "section", "installed_kb"])
+    table = pq.read_table(
+        arguments.data / "debian.items.parquet", columns=["name", "summary", "section", "installed_kb"]
+    )
     vectors = np.load(arguments.data / "debian.minilm384.f16.npy").astype(np.float32)
     queries = np.load(arguments.data / "debian.queries384.f16.npy").astype(np.float32)
     texts = (arguments.data / "debian.queries.txt").read_text(encoding="utf-8")

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from semid_index.codes import CodeLayout, pack, pack_rest
+from semid_index.codes import CodeLayout, pack, pack_rest, unpack
 from semid_index.errors import (
     AlreadyTrainedError,
+    CorruptIndexError,
     DimensionMismatchError,
     DuplicateIdError,
     InvalidArgumentError,
     InvalidIdsError,
     InvalidVectorsError,
     NotTrainedError,
+    SemidError,
 )
+from semid_index.items import as_ids, as_metadata, id_type
 from semid_index.metrics import normalized
-from semid_index.quantizer import ProgressCallback, Quantizer, Vectors
+from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
 from semid_index.quantizers.tail import Tail, default_tail
-from semid_index.records import IdType, IndexConfig, LevelReport, TrainReport
+from semid_index.records import IndexConfig, LevelReport, Metric, TrainReport
 from semid_index.rerank import to_stored
 from semid_index.store import ItemBatch, Store
 from semid_index.vectors import VectorSource, bad_rows, open_vectors
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 log = logging.getLogger("semid_index")
 
@@ -36,6 +42,9 @@ _SMALLEST_SAMPLE = 65_536
 _REPORT_ROWS = 20_000
 _TAIL_LEAST_ROWS = 256  # with fewer training rows a tail would learn next to nothing
 _LARGEST_FLOAT16 = 65_504.0
+_PROBED_ROWS = 256  # rows looked at to choose how vectors are written
+_LARGEST_SQUARE = 1e37  # the squared length of a vector, so that squared distances stay within float32
+_LARGEST_ID = 2**63 - 1
 _TAIL_ARRAY = "tail_codebooks"
 
 
@@ -76,7 +85,18 @@ def restore(store: Store, quantizer_class: type[Quantizer]) -> tuple[Quantizer, 
     """The trained quantizer of an index, and its tail quantizer."""
     arrays = store.learned_arrays()
     tail = arrays.pop(_TAIL_ARRAY, None)
-    quantizer = quantizer_class.restore(dict(store.config.quantizer_config), arrays)
+    config, damaged = store.config, f"{store.path} is damaged. Restore it from a copy, or build it again."
+    try:
+        quantizer = quantizer_class.restore(dict(config.quantizer_config), arrays)
+    except SemidError:
+        raise
+    except Exception as error:  # whatever a quantizer makes of arrays that are not its own
+        raise CorruptIndexError(
+            f"{damaged} (Its quantizer '{config.quantizer}' cannot be restored: {type(error).__name__}: {error})"
+        ) from error
+    expected = [(size, config.dim) for size in store.layout.codebook_sizes]
+    if quantizer.codebooks is not None and [codebook.shape for codebook in quantizer.codebooks] != expected:
+        raise CorruptIndexError(f"{damaged} (Codewords are missing.)")
     return quantizer, None if tail is None else Tail(tail)
 
 
@@ -105,7 +125,7 @@ def _training_sample(source: VectorSource, quantizer: Quantizer, config: IndexCo
         raise InvalidArgumentError(f"sample must be a whole number of rows, at least 1, not {sample!r}.")
     wanted = sample or max(_SMALLEST_SAMPLE, _SAMPLE_PER_CODEWORD * max(quantizer.codebook_sizes, default=0))
     rows = source.sample(min(int(wanted), source.rows), seed=config.seed)
-    _refuse(bad_rows(rows, zero=config.metric == "cosine"), config, "of the training sample ")
+    _refuse(unusable_rows(rows, config.metric), config, "of the training sample ")
     return normalized(rows) if config.metric == "cosine" else rows
 
 
@@ -137,74 +157,71 @@ def add(
     config = store.config
     source = _open(vectors, config.dim)
     good = _check_rows(source, config, batch_size, drop=on_bad_vectors == "drop")
-    id_array = _ids_to_add(store, ids, source.rows)
-    table = _metadata_table(metadata, source.rows, id_array)
-    _check_new(store, id_array)
-    kept = id_array if good is None else id_array.filter(_arrow_mask(good))
-    first_row, done = store.next_row, 0
-    counts = [np.zeros(size, dtype=np.int64) for size in quantizer.codebook_sizes] if _capacity(quantizer) else None
-    if counts is not None:
-        _count_codes(store, counts)
-    with store.appending(_id_type(id_array)) as appending:
-        for start, batch in zip(range(0, source.rows, batch_size), source.batches(batch_size), strict=True):
-            part = slice(start, start + len(batch))
-            part_ids, part_table = id_array[part], None if table is None else table.slice(start, len(batch))
+    all_ids = _ids_to_add(store, ids, source.rows)
+    table = as_metadata(metadata, all_ids)
+    _check_new(store, all_ids)
+    kept = all_ids.filter(good) if good is not None else all_ids
+    if table is not None and good is not None:
+        table = table.filter(good)
+    counts = _code_counts(store, quantizer)
+    first_row, done, seen = store.next_row, 0, 0
+    compress = config.vectors != "float32" or not _uses_all_bits(next(source.batches(_PROBED_ROWS)))
+    with store.appending(id_type(all_ids), compress=compress) as appending:
+        for batch in source.batches(batch_size):
+            seen += len(batch)
             if good is not None:
-                keep = good[part]
-                batch, mask = batch[keep], _arrow_mask(keep)
-                part_ids, part_table = part_ids.filter(mask), None if part_table is None else part_table.filter(mask)
+                batch = batch[good[seen - len(batch) : seen].to_numpy(zero_copy_only=False)]
             if len(batch):
                 rows = np.arange(first_row + done, first_row + done + len(batch))
-                appending.add(_encoded(batch, quantizer, tail, config, rows, part_ids, part_table, counts))
+                columns = _encoded(batch, quantizer, tail, config, counts)
+                of_batch = None if table is None else table.slice(done, len(batch))
+                appending.add(ItemBatch(rows, kept[done : done + len(batch)], *columns, of_batch))
                 done += len(batch)
             if progress is not None:
-                progress(
-                    start + len(part_ids) if good is None else min(start + batch_size, source.rows),
-                    source.rows,
-                    "encode and store",
-                )
+                progress(seen, source.rows, "encode and store")
     log.info("added %d items", done)
-    return kept.to_numpy() if _id_type(kept) == "int" else kept.to_pylist()
+    return kept.to_numpy() if id_type(kept) == "int" else kept.to_pylist()
+
+
+def _uses_all_bits(vectors: Vectors) -> bool:
+    """Whether most values need more than the upper 10 of the 23 bits of a float32's mantissa, as those of a model do.
+
+    Whole numbers and values that came from float16 do not.
+    """
+    low_bits = vectors.view(np.uint32) & np.uint32(0x1FFF)
+    return bool(np.count_nonzero(low_bits) > low_bits.size / 2)
 
 
 def _encoded(
-    batch: Vectors,
-    quantizer: Quantizer,
-    tail: Tail | None,
-    config: IndexConfig,
-    rows: NDArray[np.int64],
-    ids: Any,
-    metadata: Any,
-    counts: list[NDArray[np.int64]] | None,
-) -> ItemBatch:
+    batch: Vectors, quantizer: Quantizer, tail: Tail | None, config: IndexConfig, counts: list[NDArray[np.int64]] | None
+) -> tuple[NDArray[np.int64], NDArray[np.integer] | None, NDArray[np.float32], dict[str, NDArray[Any]]]:
+    """The sids of a batch, what they have no room for, the squared lengths of the decoded vectors, what is stored."""
     layout = CodeLayout(tuple(quantizer.codebook_sizes))
     comparable = normalized(batch) if config.metric == "cosine" else batch
     if counts is None:
         codes = quantizer.encode(comparable)
     else:
         codes = quantizer.encode_within(comparable, counts)  # type: ignore[attr-defined]
-        for level, count in enumerate(counts):
-            count += np.bincount(codes[:, level], minlength=len(count))
+        _count(codes, counts)
     decoded = quantizer.decode(codes)
     stored = to_stored(batch, config.vectors)
     if tail is not None:
         stored["tail"] = tail.encode(comparable)
     rest = pack_rest(codes, layout) if layout.rest_levels else None
-    norms = np.einsum("ij,ij->i", decoded, decoded)
-    return ItemBatch(rows, ids, pack(codes, layout), rest, norms, stored, metadata)
+    return pack(codes, layout), rest, np.einsum("ij,ij->i", decoded, decoded), stored
 
 
-def _capacity(quantizer: Quantizer) -> bool:
-    """Whether the quantizer limits how many items may have a code, also for items added later."""
-    return getattr(quantizer, "capacity", None) is not None
-
-
-def _count_codes(store: Store, counts: list[NDArray[np.int64]]) -> None:
-    """Count the codes that items have already, level by level."""
-    from semid_index.codes import unpack
-
+def _code_counts(store: Store, quantizer: Quantizer) -> list[NDArray[np.int64]] | None:
+    """How many items have each code, level by level, for a quantizer that limits them; None for all others."""
+    if getattr(quantizer, "capacity", None) is None:
+        return None
+    counts = [np.zeros(size, dtype=np.int64) for size in quantizer.codebook_sizes]
     stored = store.codes()
-    codes = unpack(stored.sids, store.layout, stored.rest)
+    _count(unpack(stored.sids, store.layout, stored.rest), counts)
+    return counts
+
+
+def _count(codes: Codes, counts: list[NDArray[np.int64]]) -> None:
     for level, count in enumerate(counts):
         count += np.bincount(codes[:, level], minlength=len(count))
 
@@ -217,16 +234,18 @@ def _open(vectors: Any, dim: int) -> VectorSource:
     if source.dim != dim:
         raise DimensionMismatchError(dim, source.dim)
     if source.rows == 0:
-        raise InvalidVectorsError("There are no vectors: the array has 0 rows.")
+        raise InvalidVectorsError("There are no vectors: the array has 0 rows. Give one or more.")
     return source
 
 
-def _check_rows(source: VectorSource, config: IndexConfig, batch_size: int, *, drop: bool) -> NDArray[np.bool_] | None:
+def _check_rows(source: VectorSource, config: IndexConfig, batch_size: int, *, drop: bool) -> pa.BooleanArray | None:
     """Which rows can be used; None if all of them."""
+    import pyarrow as pa
+
     bad = [np.empty(0, dtype=np.int64)]
     start = 0
     for batch in source.batches(batch_size):
-        rows = bad_rows(batch, zero=config.metric == "cosine")
+        rows = unusable_rows(batch, config.metric)
         if config.vectors == "float16":
             rows = np.union1d(rows, np.flatnonzero(np.abs(batch).max(axis=1) > _LARGEST_FLOAT16))
         bad.append(rows + start)
@@ -238,74 +257,36 @@ def _check_rows(source: VectorSource, config: IndexConfig, batch_size: int, *, d
         _refuse(rows, config, "")
     if len(rows) == source.rows:
         raise InvalidVectorsError(
-            f"None of the {source.rows} vectors can be used: {_allowed(config)}", rows=rows[:10].tolist()
+            f"None of the {source.rows} vectors can be used: {allowed(config)}", rows=rows[:10].tolist()
         )
     log.warning("dropped %d of %d vectors that cannot be used", len(rows), source.rows)
     good = np.ones(source.rows, dtype=bool)
     good[rows] = False
-    return good
+    return pa.array(good)
+
+
+def unusable_rows(vectors: Vectors, metric: Metric) -> NDArray[np.int64]:
+    """The rows that have no distances to others: NaN, infinite, far too long, or zero under cosine."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        too_long = np.flatnonzero(np.einsum("ij,ij->i", vectors, vectors) > _LARGEST_SQUARE)
+    return np.union1d(bad_rows(vectors, zero=metric == "cosine"), too_long)
 
 
 def _refuse(rows: NDArray[np.int64], config: IndexConfig, where: str) -> None:
     if len(rows):
         listed = ", ".join(str(row) for row in rows[:5]) + (" ..." if len(rows) > 5 else "")
         raise InvalidVectorsError(
-            f"{len(rows)} vectors cannot be used, in rows {where}{listed}: {_allowed(config)} "
-            "Mend them, or pass on_bad_vectors='drop' to add.",
+            f"{len(rows)} vectors cannot be used, in rows {where}{listed}: {allowed(config)} "
+            "Mend them, or leave them out (add does with on_bad_vectors='drop').",
             rows=rows[:10].tolist(),
         )
 
 
-def _allowed(config: IndexConfig) -> str:
+def allowed(config: IndexConfig) -> str:
+    """Which vectors an index takes, in words."""
     zero = "; and under cosine the zero vector has no direction" if config.metric == "cosine" else ""
     large = f"; and float16 reaches up to {_LARGEST_FLOAT16:,.0f}" if config.vectors == "float16" else ""
-    return f"NaN and infinite values are not allowed{zero}{large}."
-
-
-def as_ids(ids: ArrayLike | Sequence[Any], *, count: int | None = None) -> Any:
-    """Ids as an Arrow array of int64 or string; mixed, missing and other types are refused."""
-    import pyarrow as pa
-
-    try:
-        array = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(_plain_ids(ids))
-    except (
-        pa.ArrowInvalid,
-        pa.ArrowTypeError,
-        pa.ArrowNotImplementedError,
-        OverflowError,
-        UnicodeEncodeError,
-        TypeError,
-    ) as error:
-        raise InvalidIdsError(f"Ids must be all whole numbers or all strings: {str(error).splitlines()[0]}.") from error
-    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    if count is not None and len(array) != count:
-        raise InvalidIdsError(f"There are {len(array)} ids for {count} vectors. Give one id for each vector.")
-    if array.null_count:
-        raise InvalidIdsError(f"{array.null_count} ids are missing (None). Give every vector an id.")
-    if pa.types.is_integer(array.type):
-        try:
-            return array.cast(pa.int64())
-        except pa.ArrowInvalid as error:
-            raise InvalidIdsError(f"Whole-number ids must fit in 64 bits with sign: {error}.") from error
-    if pa.types.is_string(array.type) or pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type):
-        return array.cast(pa.string())
-    if not len(array):
-        return array.cast(pa.int64())
-    raise InvalidIdsError(f"Ids must be whole numbers or strings, not {array.type}.")
-
-
-def _plain_ids(ids: Any) -> Any:
-    if isinstance(ids, str | bytes):
-        raise InvalidIdsError(f"Ids must be a list or array of ids, not one {type(ids).__name__}.")
-    if isinstance(ids, np.ndarray) and ids.dtype.kind == "U":
-        return ids.tolist()
-    if isinstance(ids, np.ndarray) and ids.ndim != 1:
-        raise InvalidIdsError(f"Ids must be one-dimensional, not of shape {ids.shape}.")
-    if isinstance(ids, np.ndarray) and not ids.dtype.isnative:
-        return ids.astype(ids.dtype.newbyteorder("="))
-    return ids if hasattr(ids, "__array__") or isinstance(ids, list) else list(ids)
+    return f"NaN, infinite values and lengths above {math.sqrt(_LARGEST_SQUARE):.0e} are not allowed{zero}{large}."
 
 
 def _ids_to_add(store: Store, ids: Any, count: int) -> Any:
@@ -313,22 +294,21 @@ def _ids_to_add(store: Store, ids: Any, count: int) -> Any:
 
     if ids is not None:
         array = as_ids(ids, count=count)
-        kind = _id_type(array)
+        kind = id_type(array)
         if store.id_type not in (None, kind):
             raise InvalidIdsError(
-                f"The ids of this index are of type {store.id_type}; these are of type {kind}. The first add fixed the type."
+                f"The ids of this index are of type {store.id_type}; these are of type {kind}. "
+                "The first add fixed the type."
             )
         return array
     if store.id_type == "str":
         raise InvalidIdsError("The ids of this index are strings, so every vector needs one. Pass ids=[...].")
     first = store.largest_id() + 1
+    if first + count - 1 > _LARGEST_ID:
+        raise InvalidIdsError(
+            f"There are no {count} whole numbers of 64 bits above the largest id, {first - 1}. Pass ids=[...]."
+        )
     return pa.array(np.arange(first, first + count))
-
-
-def _id_type(ids: Any) -> IdType:
-    import pyarrow as pa
-
-    return "int" if pa.types.is_int64(ids.type) else "str"
 
 
 def _check_new(store: Store, ids: Any) -> None:
@@ -346,41 +326,3 @@ def _check_new(store: Store, ids: Any) -> None:
 
 def _listed(values: list[Any]) -> str:
     return ", ".join(repr(value)[:80] for value in values[:5]) + (" ..." if len(values) >= 5 else "")
-
-
-def _metadata_table(metadata: Any, count: int, ids: Any) -> Any:
-    """The metadata as an Arrow table with one row for each vector, without a column ``id``."""
-    import pyarrow as pa
-
-    if metadata is None:
-        return None
-    try:
-        table = metadata if isinstance(metadata, pa.Table) else pa.table(metadata)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, ValueError) as error:
-        raise InvalidArgumentError(
-            f"metadata must be an Arrow table, a data frame or a dict of columns: {error}."
-        ) from error
-    if table.num_rows != count:
-        raise InvalidArgumentError(
-            f"metadata has {table.num_rows} rows for {count} vectors. Give one row for each vector, in the same order."
-        )
-    names = [name.lower() for name in table.column_names]
-    if len(set(names)) != len(names):
-        raise InvalidArgumentError(
-            "Two columns of the metadata have the same name (SQL does not tell upper from lower case)."
-        )
-    if "id" in names:
-        position = names.index("id")
-        column = table.column(position).combine_chunks()
-        if not as_ids(column).equals(ids):
-            raise InvalidArgumentError(
-                "The metadata has a column 'id' that differs from ids. Pass it as ids=, or rename it."
-            )
-        table = table.remove_column(position)
-    return table
-
-
-def _arrow_mask(mask: NDArray[np.bool_]) -> Any:
-    import pyarrow as pa
-
-    return pa.array(mask)

@@ -5,25 +5,33 @@ What a library function does is imported inside the command that needs it, so th
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from semid_index import __version__
-from semid_index.errors import IndexExistsError, InvalidArgumentError, MissingDependencyError, SemidError, UnknownNameError
-from semid_index.output import BINARY, Format, grid, new_grid, screen, shown, write, write_record
+from semid_index.arguments import (
+    as_id,
+    bars,
+    complete_or_nothing,
+    parse_options,
+    parse_params,
+    parse_sizes,
+    read_item_ids,
+    read_query,
+    read_table,
+)
+from semid_index.errors import SemidError
+from semid_index.output import BINARY, Format, write, write_record
+from semid_index.views import stats_view, trace_view
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from rich.console import RenderableType
 
     from semid_index.index import SemanticIndex
 
@@ -47,7 +55,12 @@ class SemidGroup(TyperGroup):
         return super().get_command(ctx, cmd_name) or plugin_commands().get(cmd_name)
 
 
-app = typer.Typer(cls=SemidGroup, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(cls=SemidGroup, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+
+
+def main() -> None:
+    """Run the program."""
+    app(prog_name="semid")
 
 
 @cache
@@ -60,7 +73,9 @@ def plugin_commands() -> dict[str, Any]:
     from semid_index.plugins import installed
 
     taken = {command.name for command in app.registered_commands}
-    return {name: _as_command(name, target) for name, target in installed().named("command").items() if name not in taken}
+    return {
+        name: _as_command(name, target) for name, target in installed().named("command").items() if name not in taken
+    }
 
 
 def _as_command(name: str, target: Any) -> Any:
@@ -72,9 +87,9 @@ def _as_command(name: str, target: Any) -> Any:
     return command
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """End the program: something was asked for that cannot be done."""
-    print(f"error: {message}", file=sys.stderr)
+    sys.stderr.write(f"error: {message}\n")
     raise typer.Exit(1)
 
 
@@ -83,62 +98,97 @@ def fail(message: str) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"semid-index {__version__}")
+        sys.stdout.write(f"semid-index {__version__}\n")
         raise typer.Exit
 
 
 def _format(format: Format | None) -> Format | None:
     if format in BINARY and sys.stdout.isatty():
-        raise typer.BadParameter(f"{format} is not for the screen. Send it to a file: ... --format {format} > out.{format}")
+        raise typer.BadParameter(
+            f"{format} is not for the screen. Send it to a file: ... --format {format} > out.{format}"
+        )
     return format
 
 
 def _quiet(quiet: bool) -> bool:
-    logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    log = logging.getLogger("semid_index")
+    log.handlers[:] = [handler]
+    log.setLevel(logging.ERROR if quiet else logging.WARNING)
     return quiet
 
 
 IndexFile = Annotated[Path, typer.Argument(metavar="INDEX", help="The file of an index.", show_default=False)]
 VectorsFile = Annotated[
     Path,
-    typer.Argument(metavar="VECTORS", help=".npy .npz .parquet .arrow .hdf5 .fvecs .bvecs .fbin .u8bin", show_default=False),
+    typer.Argument(
+        metavar="VECTORS", help=".npy .npz .parquet .arrow .hdf5 .fvecs .bvecs .fbin .u8bin", show_default=False
+    ),
 ]
 OutputFormat = Annotated[
     Format | None,
-    typer.Option("--format", "-f", callback=_format, help="Default: table on a screen, jsonl into a pipe.", show_default=False),
+    typer.Option(
+        "--format", "-f", callback=_format, help="Default: table on a screen, jsonl into a pipe.", show_default=False
+    ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, help="No progress bars, no warnings.")]
 Ids = Annotated[
     Path | None,
-    typer.Option("--ids", metavar="FILE", help="One id a row: .txt .npy .parquet. Numbers from 0 if left out.", show_default=False),
+    typer.Option(
+        "--ids",
+        metavar="FILE",
+        help="One id a row: .txt .npy .parquet. Numbers from 0 if left out.",
+        show_default=False,
+    ),
 ]
 IdColumn = Annotated[
     str | None,
-    typer.Option("--id-column", metavar="NAME", help="The column with the ids: of --ids, --metadata or VECTORS.", show_default=False),
+    typer.Option(
+        "--id-column",
+        metavar="NAME",
+        help="The column with the ids: of --ids, --metadata or VECTORS.",
+        show_default=False,
+    ),
 ]
 Metadata = Annotated[
     Path | None,
-    typer.Option("--metadata", metavar="FILE", help="Columns for SQL and filters: .parquet .csv .jsonl .arrow", show_default=False),
+    typer.Option(
+        "--metadata",
+        metavar="FILE",
+        help="Columns for SQL and filters: .parquet .csv .jsonl .arrow",
+        show_default=False,
+    ),
 ]
 Column = Annotated[
-    str | None, typer.Option("--column", metavar="NAME", help="The column, or data set, with the vectors.", show_default=False)
+    str | None,
+    typer.Option("--column", metavar="NAME", help="The column, or data set, with the vectors.", show_default=False),
 ]
 OnBadVectors = Annotated[
-    Literal["error", "drop"], typer.Option("--on-bad-vectors", help="NaN and infinite values: refuse all, or leave those rows out.")
+    Literal["error", "drop"],
+    typer.Option("--on-bad-vectors", help="NaN and infinite values: refuse all, or leave those rows out."),
 ]
 Params = Annotated[
     list[str] | None,
-    typer.Option("--param", "-p", metavar="VALUE", help="A value for the next ? of the SQL; 7 is a number, '\"7\"' text.", show_default=False),
+    typer.Option(
+        "--param",
+        "-p",
+        metavar="VALUE",
+        help="A value for the next ? of the SQL; 7 is a number, '\"7\"' text.",
+        show_default=False,
+    ),
 ]
 
 
 @app.callback()
-def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+def semid_program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Semantic IDs for vectors, in one DuckDB file: build, search, browse and query them.
 
-    Start with [bold cyan]semid demo[/]. Data goes to standard output, progress and errors to standard error.
+    Start with `semid demo`. Data goes to standard output, progress and errors to standard error.
     Exit code 0: done, 1: failed, 2: wrong usage.
     """
 
@@ -148,13 +198,15 @@ def main(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the index.")] = Path("demo.duckdb"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the index.")] = Path(
+        "demo.duckdb"
+    ),
 ) -> None:
     """See it all in a minute, offline: 8,000 Debian packages get semantic IDs.
 
     Trains, shows the shelves, searches in plain English, filters, asks in SQL, and adds new packages.
 
-    [bold cyan]semid demo[/]
+    - `semid demo`
     """
     from semid_index.demo import run
 
@@ -164,35 +216,41 @@ def demo(
 @app.command()
 def build(
     vectors: VectorsFile,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The index to write.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The index to write.", show_default=False)
+    ],
     ids: Ids = None,
     metadata: Metadata = None,
     id_column: IdColumn = None,
     column: Column = None,
     metric: Annotated[Literal["l2", "cosine", "ip"], typer.Option(help="What nearest means.")] = "l2",
     quantizer: Annotated[str, typer.Option(help="How vectors become IDs; semid plugins lists all.")] = "rq",
-    levels: Annotated[int | None, typer.Option(help="Codes in an ID.  [dim]\\[default: 4][/]", show_default=False)] = None,
-    codebook_size: Annotated[
-        str | None, typer.Option(help="Codewords a level: 256, or 1024,256,256.  [dim]\\[default: 256][/]", show_default=False)
-    ] = None,
+    levels: Annotated[int, typer.Option(help="Codes in an ID.")] = 4,
+    codebook_size: Annotated[str, typer.Option(help="Codewords a level: 256, or 1024,256,256.")] = "256",
     stored: Annotated[
-        Literal["float32", "float16", "int8", "none"], typer.Option("--vectors", help="What is kept of each vector for exact distances.")
+        Literal["float32", "float16", "int8", "none"],
+        typer.Option("--vectors", help="What is kept of each vector for exact distances."),
     ] = "float32",
-    sample: Annotated[int | None, typer.Option(help="Train on this many rows, chosen at random.", show_default=False)] = None,
+    sample: Annotated[
+        int | None, typer.Option(help="Train on this many rows, chosen at random.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same IDs.")] = 0,
     option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A further option of the quantizer or the index.", show_default=False)
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A further option of the quantizer or the index.", show_default=False),
     ] = None,
     on_bad_vectors: OnBadVectors = "error",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that is there, once the new one is complete.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an index that is there, once the new one is complete.")
+    ] = False,
     format: OutputFormat = None,
     quiet: Quiet = False,
 ) -> None:
     """Learn codebooks from vectors, give every item its semantic ID, and write an index.
 
-    [bold cyan]semid build vectors.npy --ids ids.txt --metadata items.parquet -o catalog.duckdb --levels 4[/]
-
-    [bold cyan]semid build items.parquet --id-column sku --column embedding --metric cosine -o catalog.duckdb[/]
+    - `semid build vectors.npy --ids ids.txt -o catalog.duckdb --levels 4`
+    - `semid build vectors.npy --metadata items.parquet --id-column sku -o catalog.duckdb`
+    - `semid build items.parquet --id-column sku --column embedding -o catalog.duckdb`
     """
     import semid_index as semid
     from semid_index.vectors import open_vectors
@@ -200,14 +258,15 @@ def build(
     source = open_vectors(vectors, column=column)
     table = read_table(metadata)
     item_ids = read_item_ids(ids, id_column, table, vectors)
-    settings = {"levels": levels, "codebook_size": codebook_size and parse_sizes(codebook_size), **parse_options(option)}
-    given = {name: value for name, value in settings.items() if value is not None}
+    settings = {"levels": levels, "codebook_size": parse_sizes(codebook_size), **parse_options(option)}
     with (
         complete_or_nothing(output, overwrite=overwrite) as path,
-        semid.create(path, dim=source.dim, metric=metric, quantizer=quantizer, vectors=stored, seed=seed, **given) as index,
+        semid.create(
+            path, dim=source.dim, metric=metric, quantizer=quantizer, vectors=stored, seed=seed, **settings
+        ) as index,
     ):
-        index.train(source, sample=sample, progress=not quiet)
-        index.add(source, item_ids, metadata=table, on_bad_vectors=on_bad_vectors, progress=not quiet)
+        index.train(source, sample=sample, progress=bars(quiet))
+        index.add(source, item_ids, metadata=table, on_bad_vectors=on_bad_vectors, progress=bars(quiet))
     stats(output, format)
 
 
@@ -225,7 +284,7 @@ def add(
 ) -> None:
     """Give new items semantic IDs and add them. Nothing is trained again; IDs already given stay.
 
-    [bold cyan]semid add catalog.duckdb new.npy --ids new.txt --metadata new.parquet[/]
+    - `semid add catalog.duckdb new.npy --ids new.txt --metadata new.parquet`
     """
     import semid_index as semid
     from semid_index.vectors import open_vectors
@@ -235,7 +294,7 @@ def add(
     with semid.open(index) as opened:
         before = len(opened)
         source = open_vectors(vectors, column=column)
-        opened.add(source, item_ids, metadata=table, on_bad_vectors=on_bad_vectors, progress=not quiet)
+        opened.add(source, item_ids, metadata=table, on_bad_vectors=on_bad_vectors, progress=bars(quiet))
         record = {"added": len(opened) - before, "items": len(opened)}
     write_record(record, format, lambda: f"Added {record['added']:,} items; {index} has {record['items']:,}.")
 
@@ -245,38 +304,54 @@ def search(
     index: IndexFile,
     query_vector: Annotated[
         str | None,
-        typer.Option(metavar="FILE\\[:ROW]", help="Vectors to search for: all rows, or one (counted from 0).", show_default=False),
+        typer.Option(
+            metavar="FILE[:ROW]", help="Vectors to search for: all rows, or one (counted from 0).", show_default=False
+        ),
     ] = None,
-    like: Annotated[str | None, typer.Option(metavar="ID", help="Items like this one of the index.", show_default=False)] = None,
-    text: Annotated[str | None, typer.Option(help="A text; needs a plugin that embeds texts.", show_default=False)] = None,
+    like: Annotated[
+        str | None, typer.Option(metavar="ID", help="Items like this one of the index.", show_default=False)
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="A text; needs a plugin that embeds texts.", show_default=False)
+    ] = None,
     demo_query: Annotated[
-        str | None, typer.Option(metavar="WORDS", help="One of the queries bundled with semid demo, for its index.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="WORDS", help="One of the queries bundled with semid demo, for its index.", show_default=False
+        ),
     ] = None,
     k: Annotated[int, typer.Option("-k", help="Hits for each query.")] = 10,
     where: Annotated[
-        str | None, typer.Option(metavar="SQL", help="Only items that fulfil this, such as \"price < ?\".", show_default=False)
+        str | None,
+        typer.Option(metavar="SQL", help='Only items that fulfil this, such as "price < ?".', show_default=False),
     ] = None,
     param: Params = None,
     exact: Annotated[bool, typer.Option("--exact", help="Compare with every item.")] = False,
     probes: Annotated[int | None, typer.Option(help="Leaves to open.", show_default=False)] = None,
-    rerank: Annotated[int | None, typer.Option(help="Candidates to compute exact distances for.", show_default=False)] = None,
+    rerank: Annotated[
+        int | None, typer.Option(help="Candidates to compute exact distances for.", show_default=False)
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show how the search went instead of its hits.")] = False,
     format: OutputFormat = None,
 ) -> None:
     """Find the nearest items. Smaller distances are nearer.
 
-    [bold cyan]semid search catalog.duckdb --like sku-123 -k 5 --where "price < ?" --param 20[/]
-
-    [bold cyan]semid search catalog.duckdb --query-vector queries.npy:0[/]
-
-    [bold cyan]semid search demo.duckdb --demo-query "play chess"[/]
+    - `semid search catalog.duckdb --like sku-123 -k 5 --where "price < ?" --param 20`
+    - `semid search catalog.duckdb --query-vector queries.npy:0`
+    - `semid search demo.duckdb --demo-query "play chess"`
     """
     import semid_index as semid
 
     given = {"--query-vector": query_vector, "--like": like, "--text": text, "--demo-query": demo_query}
     if sum(value is not None for value in given.values()) != 1:
         raise typer.BadParameter(f"Give one of {', '.join(given)}.")
-    options = {"where": where, "params": parse_params(param), "exact": exact, "probes": probes, "rerank": rerank}
+    options: dict[str, Any] = {
+        "where": where,
+        "params": parse_params(param),
+        "exact": exact,
+        "probes": probes,
+        "rerank": rerank,
+    }
     with semid.open(index, read_only=True) as opened:
         if like is not None:
             result = opened.similar(as_id(opened, like), k, **options)
@@ -292,16 +367,18 @@ def search(
 @app.command()
 def tree(
     index: IndexFile,
-    prefix: Annotated[str | None, typer.Argument(metavar="PREFIX", help="Such as 12 or 12-153; all items if left out.", show_default=False)] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Argument(metavar="PREFIX", help="Such as 12 or 12-153; all items if left out.", show_default=False),
+    ] = None,
     depth: Annotated[int, typer.Option(help="Levels to go down.")] = 1,
     examples: Annotated[int, typer.Option(help="Ids to show of each shelf.")] = 4,
     format: OutputFormat = None,
 ) -> None:
     """Show the shelves: items that share a prefix of their IDs, the largest first.
 
-    [bold cyan]semid tree catalog.duckdb[/]
-
-    [bold cyan]semid tree catalog.duckdb 12 --depth 1 --examples 6[/]
+    - `semid tree catalog.duckdb`
+    - `semid tree catalog.duckdb 12 --depth 1 --examples 6`
     """
     import pyarrow as pa
 
@@ -316,16 +393,19 @@ def tree(
 @app.command()
 def sql(
     index: IndexFile,
-    query: Annotated[str, typer.Argument(metavar="SQL", help="The query; - reads it from standard input.", show_default=False)],
+    query: Annotated[
+        str, typer.Argument(metavar="SQL", help="The query; - reads it from standard input.", show_default=False)
+    ],
     param: Params = None,
     format: OutputFormat = None,
 ) -> None:
     """Run SQL on the index, which is opened for reading only.
 
-    The view [bold]semantic_ids[/] has id, semantic_id, c1, c2 ... and p1, p2 ... (codes and prefixes), the table [bold]items[/]
-    your metadata. DuckDB runs what it is given, also what reads other files: never give it a stranger's text.
+    The view `semantic_ids` has id, semantic_id, c1, c2 ... (codes) and p1, p2 ... (prefixes); the table
+    `items` has your metadata. DuckDB runs what it is given, also what reads other files: never give it
+    the text of a stranger.
 
-    [bold cyan]semid sql catalog.duckdb "SELECT c1, count(*) AS n FROM semantic_ids GROUP BY ALL ORDER BY n DESC"[/]
+    - `semid sql catalog.duckdb "SELECT c1, count(*) AS n FROM semantic_ids GROUP BY ALL ORDER BY n DESC"`
     """
     import duckdb
 
@@ -344,7 +424,7 @@ def sql(
 def stats(index: IndexFile, format: OutputFormat = None) -> None:
     """Show what an index holds and what it costs: items, bytes per item, error and perplexity per level.
 
-    [bold cyan]semid stats catalog.duckdb[/]
+    - `semid stats catalog.duckdb`
     """
     import semid_index as semid
 
@@ -357,7 +437,7 @@ def stats(index: IndexFile, format: OutputFormat = None) -> None:
 def plugins(format: OutputFormat = None) -> None:
     """List what is installed: quantizers and all else that plugins offer, and plugins that fail to load.
 
-    [bold cyan]semid plugins[/]
+    - `semid plugins`
     """
     import pyarrow as pa
 
@@ -366,9 +446,13 @@ def plugins(format: OutputFormat = None) -> None:
     found = installed()
     offers = found.offers.values()
     rows = [
-        {"kind": offer.kind, "name": offer.name, "class": _qualified(offer.target), "from": offer.source, "error": None} for offer in offers
+        {"kind": offer.kind, "name": offer.name, "class": _qualified(offer.target), "from": offer.source, "error": None}
+        for offer in offers
     ]
-    rows += [{"kind": "failed", "name": None, "class": None, "from": source, "error": reason} for source, reason in found.failed.items()]
+    rows += [
+        {"kind": "failed", "name": None, "class": None, "from": source, "error": reason}
+        for source, reason in found.failed.items()
+    ]
     names = ("kind", "name", "class", "from", "error")
     write(pa.Table.from_pylist(rows, schema=pa.schema([(name, pa.string()) for name in names])), format)
 
@@ -377,7 +461,7 @@ def plugins(format: OutputFormat = None) -> None:
 def doctor(format: OutputFormat = None) -> None:
     """Look for what is wrong with this installation. Exit code 1 if something is.
 
-    [bold cyan]semid doctor[/]
+    - `semid doctor`
     """
     from dataclasses import asdict
 
@@ -389,155 +473,6 @@ def doctor(format: OutputFormat = None) -> None:
     write(pa.Table.from_pylist([asdict(finding) for finding in findings]), format)
     if any(finding.status == "wrong" for finding in findings):
         raise typer.Exit(1)
-
-
-# -- what options mean ------------------------------------------------------------------------------------------------
-
-
-def parse_value(text: str) -> Any:
-    """A value from the command line: JSON if it is, else text.
-
-    >>> parse_value("7"), parse_value("true"), parse_value("games"), parse_value('"7"')
-    (7, True, 'games', '7')
-    """
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def parse_params(values: list[str] | None) -> list[Any] | None:
-    """Values for the ``?`` of an SQL text; None for none."""
-    return [parse_value(value) for value in values] if values else None
-
-
-def parse_sizes(text: str) -> int | list[int]:
-    """One codebook size for all levels, or one for each.
-
-    >>> parse_sizes("256"), parse_sizes("1024,256,256")
-    (256, [1024, 256, 256])
-    """
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"--codebook-size is a number or numbers with commas, such as 1024,256,256, not '{text}'.") from error
-    return sizes[0] if len(sizes) == 1 else sizes
-
-
-def parse_options(options: list[str] | None) -> dict[str, Any]:
-    """Further options, ``NAME=VALUE`` each."""
-    pairs = [option.partition("=") for option in options or ()]
-    for name, equals, _ in pairs:
-        if not equals:
-            raise typer.BadParameter(f"--option is NAME=VALUE, such as iterations=30, not '{name}'.")
-    return {name.replace("-", "_"): parse_value(value) for name, _, value in pairs}
-
-
-def as_id(index: SemanticIndex, text: str) -> Any:
-    """The id that a person means: the text, or the number it spells where ids are numbers."""
-    is_number = text.removeprefix("-").isdecimal()
-    return int(text) if is_number and text not in index else text
-
-
-@contextmanager
-def complete_or_nothing(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Where to write a new index: a file beside ``output`` that takes its place if all goes well, and goes away if not."""
-    if output.exists() and not overwrite:
-        raise IndexExistsError(f"{output} exists. Add to it with semid add, or replace it with --overwrite.")
-    part = output.with_name(output.name + ".part")
-    try:
-        yield part
-        output.with_name(output.name + ".wal").unlink(missing_ok=True)  # of the file that is replaced
-        part.replace(output)
-    finally:
-        for left in (part, part.with_name(part.name + ".wal")):
-            left.unlink(missing_ok=True)
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def read_table(path: Path | None) -> pa.Table | None:
-    """A table from a .parquet, .csv, .jsonl or .arrow file; None for none."""
-    if path is None:
-        return None
-    import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.feather
-    import pyarrow.json
-    import pyarrow.parquet
-
-    readers = {
-        ".parquet": pyarrow.parquet.read_table,
-        ".csv": pyarrow.csv.read_csv,
-        ".jsonl": pyarrow.json.read_json,
-        ".arrow": pyarrow.feather.read_table,
-        ".feather": pyarrow.feather.read_table,
-    }
-    if path.suffix.lower() not in readers:
-        raise InvalidArgumentError(f"A table cannot be read from '{path}'. Known are {', '.join(readers)}.")
-    try:
-        return readers[path.suffix.lower()](path)
-    except (pa.ArrowException, OSError) as error:
-        raise InvalidArgumentError(f"'{path}' cannot be read: {error}") from error
-
-
-def read_item_ids(ids: Path | None, column: str | None, metadata: pa.Table | None, vectors: Path) -> Any:
-    """The ids of the items, from the first of these that can have them; None to number the items."""
-    from semid_index.vectors import read_ids
-
-    if ids is not None:
-        return read_ids(ids, column=column)
-    names = [] if metadata is None else metadata.column_names
-    if metadata is not None and (column in names or (column is None and "id" in names)):
-        return metadata[column or "id"]
-    if column is None:
-        return None
-    if metadata is not None:
-        raise InvalidArgumentError(f"The metadata has no column '{column}'. It has {', '.join(names)}.")
-    return read_ids(vectors, column=column)
-
-
-def read_query(vector: str | None, text: str | None, demo_query: str | None) -> Any:
-    """The vector, or vectors, to search for."""
-    if vector is not None:
-        return read_query_vectors(vector)
-    if text is not None:
-        return embed(text)
-    from semid_index.demo import query_vector
-
-    return query_vector(str(demo_query))
-
-
-def read_query_vectors(spec: str) -> Any:
-    """``FILE`` for all its rows, ``FILE:ROW`` for one."""
-    import numpy as np
-
-    from semid_index.vectors import open_vectors
-
-    name, _, row = spec.rpartition(":") if not Path(spec).exists() else (spec, "", "")
-    if not name or (row and not row.isdecimal()):
-        name, row = spec, ""
-    source = open_vectors(name)
-    if row and int(row) >= source.rows:
-        raise InvalidArgumentError(f"'{name}' has no row {row}: it has rows 0 to {source.rows - 1}.")
-    vectors = np.concatenate(list(source.batches(65_536)))
-    return vectors[int(row)] if row else vectors
-
-
-def embed(text: str) -> Any:
-    """The vector of a text, by the embedder that is installed."""
-    from semid_index.plugins import installed
-
-    embedders = installed().named("embedder")
-    if not embedders:
-        raise MissingDependencyError(
-            "No plugin that embeds texts is installed, so a text cannot be searched for. Give --query-vector or --like; "
-            "for the index of semid demo, --demo-query."
-        )
-    if len(embedders) > 1:
-        raise UnknownNameError("embedder", "one for --text", embedders, hint="Uninstall all but one.")
-    return next(iter(embedders.values()))().embed([text])[0]
 
 
 # -- views ------------------------------------------------------------------------------------------------------------
@@ -557,3 +492,7 @@ def hits_table(index: SemanticIndex, result: Any) -> pa.Table:
 
 def _qualified(target: Any) -> str:
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', type(target).__name__)}"
+
+
+if __name__ == "__main__":
+    main()

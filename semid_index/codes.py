@@ -1,7 +1,7 @@
 """Pure functions on codes: pack, unpack, prefix range, text form.
 
 The codes of an item are packed into one integer, the *sid*: coarsest level in the highest bits, right-aligned.
-With four levels of 256 codewords, ``(12, 153, 87, 21)`` is ``12 << 24 | 153 << 16 | 87 << 8 | 21`` = 211376917.
+With four levels of 256 codewords, ``(12, 153, 87, 21)`` is ``12 << 24 | 153 << 16 | 87 << 8 | 21`` = 211375893.
 Then a prefix is a contiguous range of sids, whatever the database: ``12-153`` is ``[211353600, 211419136)``.
 
 A level with K codewords takes ``ceil(log2 K)`` bits. A sid has at most 63 bits, so that it is a BIGINT; the levels

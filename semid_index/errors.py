@@ -114,6 +114,10 @@ class IndexNotFoundError(IndexFileError, FileNotFoundError):
     """There is no file at this path."""
 
 
+class SourceNotFoundError(SemidError, FileNotFoundError):
+    """There is no file to read vectors or ids from."""
+
+
 class NotAnIndexError(IndexFileError):
     """The file exists but is no index of semid-index."""
 

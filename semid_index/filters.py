@@ -34,6 +34,7 @@ import duckdb
 import numpy as np
 
 from semid_index.errors import FilterError
+from semid_index.tables import quoted
 
 MAX_LENGTH = 100_000
 """Characters that a filter may have."""
@@ -51,16 +52,18 @@ ALLOWED = (
     "ILIKE, CASE, CAST, + - * / // % and plain functions such as lower or year."
 )
 
-FUNCTIONS = frozenset(
-    # None of these returns more than it was given, reads anything but its arguments, or changes anything.
-    "abs ceil ceiling floor round sign trunc sqrt isfinite isinf isnan greatest least nullif if "
-    "lower upper length len strlen trim ltrim rtrim left right substring substr "
-    "starts_with prefix ends_with suffix contains instr strpos position regexp_matches regexp_full_match "
-    "list_contains array_contains list_has array_has list_has_any array_has_any list_has_all array_has_all "
-    "year quarter month week day dayofmonth dayofweek isodow dayofyear hour minute second epoch dayname monthname "
-    "date_part datepart date_trunc datetrunc date_diff datediff make_date last_day strftime today now "
-    "to_years to_months to_weeks to_days to_hours to_minutes to_seconds".split()
-)
+# None of these returns more than it was given, reads anything but its arguments, or changes anything.
+_FUNCTION_NAMES = """
+    abs ceil ceiling floor round sign trunc sqrt isfinite isinf isnan greatest least nullif if
+    lower upper length len strlen trim ltrim rtrim left right substring substr
+    starts_with prefix ends_with suffix contains instr strpos position regexp_matches regexp_full_match
+    list_contains array_contains list_has array_has list_has_any array_has_any list_has_all array_has_all
+    year quarter month week day dayofmonth dayofweek isodow dayofyear hour minute second epoch dayname monthname
+    date_part datepart date_trunc datetrunc date_diff datediff make_date last_day strftime today now
+    to_years to_months to_weeks to_days to_hours to_minutes to_seconds
+"""
+FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
+"""The functions that a filter may call."""
 _MEMBERSHIP = frozenset({"contains", "list_contains", "array_contains", "list_has", "array_has"})
 # Which argument is a pattern, and how long it may be.
 _PATTERN_ARGUMENTS = {
@@ -121,7 +124,7 @@ _TYPES = {
     for alias in aliases.split()
 } | {"timestamptz": "TIMESTAMPTZ", "timestamp with time zone": "TIMESTAMPTZ"}
 
-_INTEGER_TYPES = frozenset("TINYINT SMALLINT INTEGER BIGINT HUGEINT UTINYINT USMALLINT UINTEGER UBIGINT UHUGEINT".split())
+_INTEGER_TYPES = frozenset({"INTEGER", "BIGINT", "HUGEINT", "UHUGEINT"})  # of constants, in DuckDB 1.5
 _NUMBER = re.compile(r"-?[\d_]*\.?[\d_]*(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
 _PARAMETER_NAME = re.compile(r"[a-z_][a-z0-9_]*|[1-9][0-9]*")
 _SCALARS = (bool, int, float, Decimal, str, bytes, datetime.date, datetime.time, datetime.timedelta, uuid.UUID)
@@ -135,7 +138,7 @@ class CheckedFilter:
     """A filter that was checked, and can be run."""
 
     sql: str
-    """An expression to place into ``SELECT ... FROM items WHERE (<sql>)``; its parameters are ``$1``, ``$2`` .. or ``$name``."""
+    """An expression to place into ``SELECT ... FROM items WHERE (<sql>)``; parameters are ``$1`` .. or ``$name``."""
     params: list[Any] | dict[str, Any]
     """The values to bind: a list for numbered parameters, a dict for named ones."""
     columns: frozenset[str]
@@ -172,7 +175,8 @@ def check_filter(
     except RecursionError:
         raise _too_deep() from None
     _check_parameters(writer.parameters, values, named=isinstance(params, Mapping))
-    return CheckedFilter(sql, values if isinstance(params, Mapping) else list(values.values()), frozenset(writer.columns))
+    bound = values if isinstance(params, Mapping) else list(values.values())
+    return CheckedFilter(sql, bound, frozenset(writer.columns))
 
 
 # --- text -> tree ----------------------------------------------------------------------------------------------------
@@ -189,7 +193,7 @@ _TOKEN = re.compile(
         | (?P<semicolon> ; )
         | (?P<open> [(\[{] )
         | (?P<close> [)\]}] )
-        | (?P<strange> [^\x20-\x7e\t\r\n\w] )
+        | (?P<strange> [^\x20-\x7e\t\r\n\w] | ` )
     """,
     re.VERBOSE | re.IGNORECASE,
 )
@@ -214,9 +218,10 @@ def _parse(where: str) -> Node:
             "Bind long lists as one parameter: name IN ?"
         )
     _scan(where)
-    statement = _parser(os.getpid()).select(where)
+    parser = _parser(os.getpid())
+    statement = parser.select(where)
     node: Node = statement.pop("where_clause")
-    if statement != _parser(os.getpid()).plain:
+    if statement != parser.plain:
         raise FilterError(f"A filter is one expression, without further clauses. {ALLOWED}")
     return node
 
@@ -269,14 +274,14 @@ class _Parser:
         return node
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _parser(process: int) -> _Parser:
-    """The parser of this process: a forked child must not use the connection or the lock of its parent."""
+    """The parser of this process: a forked child must neither use nor close its parent's connection."""
     return _Parser()
 
 
 def _parser_error(answer: Node) -> FilterError:
-    message = " ".join(str(answer["error_message"]).split())
+    message = " ".join(str(answer["error_message"]).split())[:300]  # 1.5 may quote all the text
     if message.startswith("Max expression depth"):
         return _too_deep()
     position = int(answer.get("position", -1)) - len(_BEFORE)
@@ -286,7 +291,8 @@ def _parser_error(answer: Node) -> FilterError:
 
 def _too_deep() -> FilterError:
     return FilterError(
-        f"The filter is nested too deeply; at most {MAX_DEPTH} levels are allowed. Bind long lists as one parameter: name IN ?"
+        f"The filter is nested too deeply; at most {MAX_DEPTH} levels are allowed. "
+        "Bind long lists as one parameter: name IN ?"
     )
 
 
@@ -319,7 +325,7 @@ class _Writer:
     def expression(self, node: Node) -> str:
         """The text of a node; in brackets wherever it could be read differently."""
         if node["class"] not in self._writers:
-            raise _refused(_PLAIN_WORDS.get(node["class"], node["class"]))
+            raise _refused_node(node)
         if node["alias"]:
             raise _refused(f"The name '{node['alias']}' for a part of the expression")
         if self._depth == MAX_DEPTH:
@@ -333,11 +339,11 @@ class _Writer:
         return ", ".join(self.expression(node) for node in nodes)
 
     def _comparison(self, node: Node) -> str:
-        operator = _looked_up(_COMPARISONS, node["type"])
+        operator = _COMPARISONS[node["type"]]
         return f"({self.expression(node['left'])} {operator} {self.expression(node['right'])})"
 
     def _conjunction(self, node: Node) -> str:
-        operator = _looked_up(_CONJUNCTIONS, node["type"])
+        operator = _CONJUNCTIONS[node["type"]]
         return f"({operator.join(self.expression(child) for child in node['children'])})"
 
     def _operator(self, node: Node) -> str:
@@ -355,8 +361,8 @@ class _Writer:
                 return f"({self.expression(first)} NOT IN ({self._list(others)}))"
             case "OPERATOR_COALESCE":
                 return f"COALESCE({self._list(node['children'])})"
-            case other:
-                raise _refused(_PLAIN_WORDS.get(other, other))
+            case _:
+                raise _refused_node(node)
 
     def _between(self, node: Node) -> str:
         tested, lower, upper = (self.expression(node[part]) for part in ("input", "lower", "upper"))
@@ -370,8 +376,10 @@ class _Writer:
         return f"(CASE {' '.join(checks)} ELSE {self.expression(node['else_expr'])} END)"
 
     def _cast(self, node: Node) -> str:
-        function = "TRY_CAST" if node["try_cast"] else "CAST"
-        return f"{function}({self.expression(node['child'])} AS {_type(node)})"
+        to, child = _type(node), node["child"]
+        if to == "BOOLEAN" and child["class"] == "CONSTANT" and (text := _literal(child)[1]) in ("t", "f"):
+            return "true" if text == "t" else "false"  # which DuckDB 1.5 parses as CAST('t' AS BOOLEAN)
+        return f"{'TRY_CAST' if node['try_cast'] else 'CAST'}({self.expression(child)} AS {to})"
 
     def _column(self, node: Node) -> str:
         names: list[str] = node["column_names"]
@@ -381,7 +389,7 @@ class _Writer:
         if name is None:
             raise _unknown("column", names[0], self._known.values())
         self.columns.add(name)
-        return f"{_quoted(self._table)}.{_quoted(name)}" if self._table else _quoted(name)
+        return f"{quoted(self._table)}.{quoted(name)}" if self._table else quoted(name)
 
     def _parameter(self, node: Node) -> str:
         name = _parameter_name(node["identifier"])
@@ -404,17 +412,19 @@ class _Writer:
 
     def _function(self, node: Node) -> str:
         name: str = node["function_name"]
-        if node["distinct"] or node["filter"] or node["order_bys"]["orders"] or node["export_state"]:
-            raise _refused(f"DISTINCT, FILTER or ORDER BY in {name}(..)")
+        if name in _PLAIN_WORDS:
+            raise _refused(_PLAIN_WORDS[name])
+        if not (name in FUNCTIONS or name in _LIKES or node["is_operator"]):
+            raise _unknown("function", name, FUNCTIONS)
         if _qualifiers(node) - ({"main"} if name in _MADE_BY_PARSER else set()):
             raise FilterError(f"'{name}' is not allowed with a schema in a filter: write the function's name alone.")
+        if node["distinct"] or node["filter"] or node["order_bys"]["orders"] or node["export_state"]:
+            raise _refused(f"DISTINCT, FILTER or ORDER BY in {name}(..)")
         arguments = list(_arguments(node))
         if name in _LIKES:
             return self._like(_LIKES[name], arguments)
         if node["is_operator"]:
             return self._arithmetic(name, arguments)
-        if name not in FUNCTIONS:
-            raise _unknown("function", name, FUNCTIONS)
         if name in _PATTERN_ARGUMENTS:
             self._check_pattern(name, arguments, *_PATTERN_ARGUMENTS[name])
         if name in _MEMBERSHIP and len(arguments) == 2 and arguments[0]["class"] == "PARAMETER":
@@ -449,7 +459,9 @@ class _Writer:
         if not isinstance(pattern, str):
             raise FilterError(f"The pattern or format of {name} must be a text, given as a constant or a parameter.")
         if len(pattern) > longest:
-            raise FilterError(f"The pattern or format of {name} has {len(pattern):,} characters; at most {longest:,} are allowed.")
+            raise FilterError(
+                f"The pattern or format of {name} has {len(pattern):,} characters; at most {longest:,} are allowed."
+            )
         return pattern
 
     def _known_value(self, node: Node) -> Any:
@@ -470,8 +482,8 @@ class _Writer:
                 f"got {type(bound).__name__}. Bind a list, or write = instead of IN."
             )
         parameter, text = self.expression(values), self.expression(tested)
-        # For 1M rows and 100,000 values DuckDB 1.5.6 needs 28 s with contains(), and 0.14 s with a join; 2.0.0 needs
-        # 13 s for NOT contains(). The two differ only where the list is empty or has a NULL; lists with NULL are refused.
+        # For 1M rows and 100,000 values DuckDB 1.5.6 needs 28 s with contains() and 0.14 s with the join; 2.0.0 needs
+        # 13 s for NOT contains(). They differ only where the list is empty or has a NULL; a NULL in it is refused.
         return f"({text} IN (SELECT unnest({parameter})))" if bound else f"contains({parameter}, {text})"
 
 
@@ -488,17 +500,20 @@ _PLAIN_WORDS = {
     "STRUCT_EXTRACT": "A field (..).name",
     "OPERATOR_TRY": "TRY",
     "GROUPING_FUNCTION": "GROUPING",
+    "list_value": "A list [..]",
+    "row": "A row (.., ..)",
+    "struct_pack": "A struct",
+    "map": "A map",
 }
-
-
-def _looked_up(names: Mapping[str, str], key: str) -> str:
-    if key not in names:
-        raise _refused(key)
-    return names[key]
 
 
 def _refused(what: str) -> FilterError:
     return FilterError(f"{what} is not allowed in a filter. {ALLOWED}")
+
+
+def _refused_node(node: Node) -> FilterError:
+    kind: str = node["type"] if node["class"] == "OPERATOR" else node["class"]
+    return _refused(_PLAIN_WORDS.get(kind, kind))
 
 
 def _unknown(kind: str, name: str, known: Collection[str]) -> FilterError:
@@ -509,7 +524,7 @@ def _unknown(kind: str, name: str, known: Collection[str]) -> FilterError:
     return FilterError(f"No {kind} '{name}' is allowed in a filter.{meant} There are: {listed}.")
 
 
-# --- the shapes of DuckDB 1.5 and 2, made alike ------------------------------------------------------------------------
+# --- the shapes of DuckDB 1.5 and 2, made alike ----------------------------------------------------------------------
 
 
 def _arguments(node: Node) -> Iterator[Node]:
@@ -547,7 +562,7 @@ def _literal(node: Node) -> tuple[str, str]:
         return "INTEGER", str(content)
     if kind == "DECIMAL":
         return "NUMERIC", _decimal(content, value["type"]["type_info"]["scale"])
-    if kind == "DOUBLE":
+    if kind == "DOUBLE" and math.isfinite(content):
         text = repr(content)  # with an exponent, or it would be read as a decimal
         return "NUMERIC", text if "e" in text else f"{text}e0"
     return kind, str(content)
@@ -585,7 +600,7 @@ def _type_of_2(node: Node) -> tuple[str, tuple[int, ...]]:
 def _type_modifier(node: Node) -> int:
     kind, text = _literal(node) if node["class"] == "CONSTANT" else ("", "")
     if kind != "INTEGER" or not text.isdecimal():
-        raise _refused("A type that is made of other types")
+        raise _refused("A type with parts that are not whole numbers")
     return int(text)
 
 
@@ -593,10 +608,15 @@ def _type_of_1(node: Node) -> tuple[str, tuple[int, ...]]:
     info = node["type_info"] or {}
     if node["id"] == "DECIMAL":
         return "DECIMAL", (info["width"], info["scale"])
-    return info.get("name", node["id"]), ()
+    if node["id"] == "UNBOUND":  # no type of DuckDB's own, or one with modifiers that it cannot have
+        if _qualifiers(info):
+            raise _refused("A type of a schema")
+        modifiers = info["user_type_modifiers"]
+        return info["name"], tuple(_type_modifier({"class": "CONSTANT", "value": value}) for value in modifiers)
+    return node["id"], ()
 
 
-# --- parameters --------------------------------------------------------------------------------------------------------
+# --- parameters ------------------------------------------------------------------------------------------------------
 
 
 def _bound_values(params: Sequence[Any] | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -606,7 +626,9 @@ def _bound_values(params: Sequence[Any] | Mapping[str, Any] | None) -> dict[str,
     if isinstance(params, Mapping):
         named = {_parameter_name(name): _bound(f"${name}", value) for name, value in params.items()}
         if len(named) < len(params) or any(name.isdecimal() for name in named):
-            raise FilterError(f"Names of parameters differ in more than case and are no numbers; got {', '.join(params)}.")
+            raise FilterError(
+                f"Parameters need names that differ in more than case and are no numbers; got {', '.join(params)}."
+            )
         return named
     if isinstance(params, str | bytes) or not isinstance(params, Sequence | np.ndarray):
         raise FilterError(f"params is a list of values or a mapping of names to values, got {type(params).__name__}.")
@@ -619,10 +641,14 @@ def _bound(name: str, value: Any) -> Any:
         return _bound_scalar(name, value)
     scalars = [_bound_scalar(name, each) for each in value]
     if None in scalars:
-        raise FilterError(f"The list of parameter {name} has a None, which equals nothing: leave it out and add OR .. IS NULL.")
+        raise FilterError(
+            f"The list of parameter {name} has a None, which equals nothing: leave it out, and add OR .. IS NULL."
+        )
     kinds = {_kind(each) for each in scalars}
     if len(kinds) > 1:
-        raise FilterError(f"The list of parameter {name} mixes {', '.join(sorted(kinds))}: all its values must be of one kind.")
+        raise FilterError(
+            f"The list of parameter {name} mixes {', '.join(sorted(kinds))}: all its values must be of one kind."
+        )
     return scalars
 
 
@@ -634,8 +660,8 @@ def _bound_scalar(name: str, value: Any) -> Any:
     if value is None or (isinstance(value, _SCALARS) and _fits(value)):
         return value
     raise FilterError(
-        f"The value of parameter {name} ({type(value).__name__}) cannot be bound. Allowed are None, bool, int of 128 bits, "
-        "float, Decimal, str, bytes, date, time, datetime, timedelta, UUID, and flat lists of them."
+        f"The value of parameter {name} ({type(value).__name__}) cannot be bound. Allowed are None, bool, int of 128 "
+        "bits, float, Decimal, str, bytes, date, time, datetime, timedelta, UUID, and flat lists of them."
     )
 
 
@@ -666,14 +692,14 @@ def _check_parameters(used: set[str], values: Mapping[str, Any], *, named: bool)
             numbers = ", ".join(f"${number}" for number in sorted(map(int, used)))
             raise FilterError(f"The filter uses {numbers} but not all numbers below: count from $1 without gaps.")
         if expected != len(values):
-            raise FilterError(f"The filter expects {expected} parameters (? or $1 ..), got {len(values)}.")
+            raise FilterError(f"Parameters expected: {expected} (? or $1 ..); given: {len(values)}.")
     elif used != values.keys():
         expected_names = ", ".join(f"${name}" for name in sorted(used)) or "none"
         given = ", ".join(f"${name}" for name in values) or "none"
-        raise FilterError(f"The filter expects {len(used)} parameters ({expected_names}), got {len(values)} ({given}).")
+        raise FilterError(f"Parameters expected: {len(used)} ({expected_names}); given: {len(values)} ({given}).")
 
 
-# --- mappings ----------------------------------------------------------------------------------------------------------
+# --- mappings --------------------------------------------------------------------------------------------------------
 
 
 def _text_of_mapping(where: Mapping[str, Any]) -> tuple[str, list[Any]]:
@@ -692,7 +718,7 @@ def _text_of_mapping(where: Mapping[str, Any]) -> tuple[str, list[Any]]:
 
 def _condition(name: str, operator: str, value: Any, values: list[Any]) -> str:
     """One condition as text; its values are added to ``values``."""
-    column = _quoted(name)
+    column = quoted(name)
     if operator not in _MAPPING_OPERATORS:
         raise FilterError(f"'{name}': no operator {operator!r}. There are: {', '.join(_MAPPING_OPERATORS)}.")
     if operator == "in":
@@ -715,11 +741,11 @@ def _in_condition(name: str, wanted: Any, values: list[Any]) -> str:
         raise FilterError(f"'{name}': in needs a list, got {type(wanted).__name__}.")
     present = [value for value in wanted if value is not None]
     values.append(present)
-    or_null = f" OR {_quoted(name)} IS NULL" if len(present) < len(wanted) else ""
-    return f"({_quoted(name)} IN ?{or_null})"
+    or_null = f" OR {quoted(name)} IS NULL" if len(present) < len(wanted) else ""
+    return f"({quoted(name)} IN ?{or_null})"
 
 
-# --- names -------------------------------------------------------------------------------------------------------------
+# --- names -----------------------------------------------------------------------------------------------------------
 
 
 def _fold(name: str) -> str:
@@ -728,10 +754,6 @@ def _fold(name: str) -> str:
 
 
 _SMALL = {capital: capital + 32 for capital in range(ord("A"), ord("Z") + 1)}
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _is_unicode(text: str) -> bool:

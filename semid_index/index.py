@@ -35,6 +35,7 @@ from semid_index.errors import (
     UnknownIdError,
 )
 from semid_index.filters import check_filter
+from semid_index.items import as_ids, id_type
 from semid_index.metrics import check_metric, normalized
 from semid_index.plugins import quantizer_class
 from semid_index.progress import progress_callback
@@ -44,7 +45,7 @@ from semid_index.records import IndexConfig, SearchResult, SearchTrace, Shelf, T
 from semid_index.rerank import from_stored
 from semid_index.search import SearchRequest, SearchState, search
 from semid_index.store import Store
-from semid_index.vectors import as_queries, as_vectors, bad_rows
+from semid_index.vectors import as_queries, as_vectors
 
 if TYPE_CHECKING:
     import duckdb
@@ -86,8 +87,12 @@ def create(
         raise InvalidArgumentError(f"seed must be a whole number from 0 to {2**31 - 65}, not {seed!r}.")
     if vectors not in get_args(Tier):
         raise InvalidArgumentError(f"vectors must be one of {', '.join(get_args(Tier))}, not {vectors!r}.")
-    _check_count("tail", tail, least=0)
-    _check_count("leaf_size", leaf_size, least=1)
+    if leaf_size is not None:
+        _check_count("leaf_size", leaf_size, least=1)
+    if tail is not None:
+        _check_count("tail", tail, least=0)
+        if tail > max(dim, 2):
+            raise InvalidArgumentError(f"tail must be at most one code for each of the {dim} dimensions, not {tail}.")
     kind = quantizer_class(quantizer)
     made = _make_quantizer(kind, {"levels": levels, "codebook_size": codebook_size, **options})
     tier: Tier = vectors  # type: ignore[assignment]
@@ -115,7 +120,7 @@ def open(
     store = Store.open(path, read_only=read_only)
     try:
         config = store.config
-        kind = quantizer_class(config.quantizer)
+        kind = quantizer_class(config.quantizer, hint=f"{path} was built with it: install the package that offers it.")
         if not store.is_trained:
             return SemanticIndex(
                 store, _make_quantizer(kind, dict(config.quantizer_config)), None, vectors_in=vectors_in
@@ -210,7 +215,7 @@ class SemanticIndex:
         """The k items nearest to a query (dim,), or to each query of a batch (q, dim).
 
         ``where``: an SQL expression over the metadata, with ``?`` for ``params``; then only items that fulfil it are
-        found. ``probes``: leaves to open (by default as many as hold about 40 sqrt(n) items). ``rerank``: candidates
+        found. ``probes``: leaves to open (by default as many as hold about 48 sqrt(n) items). ``rerank``: candidates
         to compute exact distances for (by default 4 k, at least 100). ``exact=True``: brute force. ``threads``: by
         default all cores. ``timeout``: seconds, after which :class:`SearchTimeoutError` is raised. Fewer than k hits
         come back only where fewer items exist.
@@ -218,11 +223,8 @@ class SemanticIndex:
         started = time.perf_counter()
         queries, single = as_queries(query, dim=self.config.dim)
         if not len(queries):
-            raise InvalidVectorsError("There are no queries: the array has 0 rows.")
-        if self.config.metric == "cosine" and len(zero := bad_rows(queries, zero=True)):
-            raise InvalidVectorsError(
-                f"Query {int(zero[0])} is the zero vector, which has no direction under cosine.", rows=zero.tolist()
-            )
+            raise InvalidVectorsError("There are no queries: the array has 0 rows. Give one or more.")
+        self._check_usable(queries, "query")
         request = SearchRequest(queries, single, k, probes, rerank, exact, threads, timeout)
         state = self._search_state()
         allowed = None
@@ -238,8 +240,10 @@ class SemanticIndex:
 
     def similar(self, id: Any, k: int = 10, **options: Any) -> SearchResult:
         """The k items most like an item of the index, itself left out; options as in :meth:`search`."""
+        _check_count("k", k, least=1)
         found = self.search(self._vector_of(id), k + 1, **options)
-        others = np.flatnonzero(found.flat_ids != id)[:k]
+        # one by one: NumPy compares strings without the NULs at their end
+        others = np.array([i for i, hit in enumerate(found.flat_ids.tolist()) if hit != id][:k], dtype=np.int64)
         return SearchResult(
             found.flat_ids[others],
             found.flat_distances[others],
@@ -255,13 +259,17 @@ class SemanticIndex:
         """The codes that vectors (n, dim) would get: (n, levels). Stores nothing."""
         self._check_trained()
         matrix = as_vectors(vectors, dim=self.config.dim)
+        self._check_usable(matrix, "vector")
         return self._quantizer.encode(normalized(matrix) if self.config.metric == "cosine" else matrix)
 
     def decode(self, codes: Any) -> Vectors:
         """The vectors that codes (n, levels) stand for: (n, dim). Under cosine, of vectors at length 1."""
         self._check_trained()
         layout = self._store.layout
-        matrix = np.asarray(codes)
+        try:
+            matrix = np.asarray(codes)
+        except ValueError as error:  # rows of different lengths
+            raise InvalidCodesError(f"codes must be integers of shape (n, {layout.levels}). {error}") from error
         if matrix.ndim != 2 or matrix.shape[1] != layout.levels or matrix.dtype.kind not in "iu":
             raise InvalidCodesError(
                 f"codes must be integers of shape (n, {layout.levels}), not {matrix.dtype} of shape {matrix.shape}."
@@ -341,6 +349,7 @@ class SemanticIndex:
             "float32_bytes_per_item": 4 * config.dim,
             "codebook_bytes": code_bytes,
             "file_bytes": file_bytes,
+            "file_column_bytes": self._store.column_bytes() if file_bytes else {},
             "file_bytes_per_item": file_bytes / items if items else 0.0,
         }
         state = self._state
@@ -398,20 +407,32 @@ class SemanticIndex:
         if not self._store.is_trained:
             raise NotTrainedError("The index is not trained. Call index.train(vectors) and index.add(vectors) first.")
 
+    def _check_usable(self, vectors: Vectors, what: str) -> None:
+        """Refuse vectors that are finite and yet have no distance to others."""
+        if len(rows := build.unusable_rows(vectors, self.config.metric)):
+            raise InvalidVectorsError(
+                f"{what.capitalize()} {rows[0]} cannot be used: {build.allowed(self.config)}", rows=rows.tolist()
+            )
+
     def _prefix(self, prefix: str | Sequence[int], what: str) -> tuple[int, ...]:
         self._check_trained()
         if not self._quantizer.hierarchical:
             raise PrefixNotSupportedError(self.config.quantizer, what)
         layout = self._store.layout
-        return parse_prefix(prefix, layout) if isinstance(prefix, str) else check_prefix(prefix, layout)
+        if isinstance(prefix, str):
+            return parse_prefix(prefix, layout)
+        is_list = isinstance(prefix, Sequence | np.ndarray) and not isinstance(prefix, bytes)
+        if is_list and all(type(code) is int or isinstance(code, np.integer) for code in prefix):
+            return check_prefix(prefix, layout)
+        raise InvalidCodesError(f"A prefix is a text such as '12-153' or codes such as (12, 153), not {prefix!r}.")
 
     def _ids(self, ids: Any) -> pa.Array | None:
         """Ids as an Arrow array of the index's type; None where they cannot occur in it."""
-        wanted = build.as_ids(ids)
-        kind = "int" if str(wanted.type) == "int64" else "str"
-        return wanted if kind == self._store.id_type else None
+        wanted = as_ids(ids)
+        return wanted if id_type(wanted) == self._store.id_type else None
 
     def _vector_of(self, id: Any) -> NDArray[np.float32]:
+        self._check_trained()
         wanted = self._ids([id])
         if wanted is None or id not in self:
             raise UnknownIdError(f"There is no item with id {id!r} in the index.")
@@ -441,7 +462,7 @@ def _make_quantizer(kind: type[Quantizer], options: dict[str, Any]) -> Quantizer
 
 
 def _check_count(name: str, value: Any, *, least: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise InvalidArgumentError(f"{name} must be a whole number, at least {least}, not {value!r}.")
 
 

@@ -101,6 +101,10 @@ def _smallest(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """Column numbers of the k smallest values of each row, in order, ties by column."""
     if k < values.shape[1]:
         columns = np.sort(np.argpartition(values, k - 1, axis=1)[:, :k], axis=1)
+        last = np.take_along_axis(values, columns, axis=1).max(axis=1, initial=-np.inf, keepdims=True)
+        # Where more than k are as small as the k-th, argpartition took any of those that tie.
+        for row in np.flatnonzero((values <= last).sum(axis=1) > k):
+            columns[row] = np.sort(np.argsort(values[row], kind="stable")[:k])
     else:
         columns = np.broadcast_to(np.arange(values.shape[1]), values.shape)
     order = np.argsort(np.take_along_axis(values, columns, axis=1), axis=1, kind="stable")

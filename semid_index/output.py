@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ROWS_SHOWN = 100  # in a table for people; the other formats give every row
+_SHORT_TEXT = 20  # columns of texts no longer than this keep their width
 
 
 class Format(StrEnum):
@@ -91,17 +92,28 @@ def grid(table: pa.Table, *, title: str | None = None) -> Table:
     import pyarrow.types as types
 
     out = new_grid(title)
-    for field in table.schema:
+    columns = [[shown(value) for value in column.to_pylist()] for column in table.columns]
+    for field, texts in zip(table.schema, columns, strict=True):
         number = types.is_integer(field.type) or types.is_floating(field.type) or types.is_decimal(field.type)
-        out.add_column(Text(field.name), justify="right" if number else "left", no_wrap=True, overflow="ellipsis")
-    for row in table.to_pylist():
-        out.add_row(*(Text(shown(value)) for value in row.values()))
+        # Only columns that may wrap give way where the screen is narrow; their texts are cut instead.
+        short = max(map(len, texts), default=0) <= _SHORT_TEXT
+        out.add_column(Text(field.name), justify="right" if number else "left", no_wrap=short, overflow="ellipsis")
+    for row in zip(*columns, strict=True):
+        out.add_row(*(Text(text, no_wrap=True, overflow="ellipsis") for text in row))
     return out
 
 
 def new_grid(title: str | None = None) -> Table:
     """An empty table in the style of every table we print."""
-    return Table(title=title, title_justify="left", title_style="bold", header_style="bold cyan", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold cyan",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
 
 
 def shown(value: Any) -> str:
@@ -138,7 +150,7 @@ def _write_jsonl(table: pa.Table, out: BinaryIO) -> None:
 def _write_csv(table: pa.Table, out: BinaryIO) -> None:
     import pyarrow.csv as csv
 
-    csv.write_csv(_without_nesting(table), out)
+    csv.write_csv(_plain_columns(table), out)
 
 
 def _write_arrow(table: pa.Table, out: BinaryIO) -> None:
@@ -166,14 +178,20 @@ _WRITERS: dict[Format, Callable[[pa.Table, BinaryIO], None]] = {
 }
 
 
-def _without_nesting(table: pa.Table) -> pa.Table:
-    """Lists and structs as JSON text, since CSV has neither."""
+def _plain_columns(table: pa.Table) -> pa.Table:
+    """Lists and structs as JSON text and bytes as hexadecimal digits, since CSV has neither."""
     import pyarrow as pa
+    import pyarrow.types as types
 
     for position, field in enumerate(table.schema):
-        if pa.types.is_nested(field.type):
-            texts = [None if value is None else _json(value).decode() for value in table.column(position).to_pylist()]
-            table = table.set_column(position, field.name, pa.array(texts, pa.string()))
+        values = table.column(position)
+        if types.is_nested(field.type):
+            texts = [None if value is None else _json(value).decode() for value in values.to_pylist()]
+        elif types.is_binary(field.type) or types.is_large_binary(field.type):
+            texts = [None if value is None else value.hex() for value in values.to_pylist()]
+        else:
+            continue
+        table = table.set_column(position, field.name, pa.array(texts, pa.string()))
     return table
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pluggy
 
 from semid_index import hookspecs
-from semid_index.errors import PluginError, UnknownNameError
+from semid_index.errors import InvalidArgumentError, PluginError, UnknownNameError
 from semid_index.quantizer import Quantizer
 
 GROUP = "semid_index"
@@ -84,7 +84,7 @@ def load_plugins(*, entry_points: bool = True) -> Plugins:
                 _collect(plugins, point.load(), source)
             except PluginError as error:
                 plugins.failed[source] = str(error)
-            except Exception as error:  # whatever a stranger's import raises must not break us
+            except (Exception, SystemExit) as error:  # whatever a stranger's import raises must not break us
                 plugins.failed[source] = f"{type(error).__name__}: {error}"
     return plugins
 
@@ -95,11 +95,13 @@ def installed() -> Plugins:
     return load_plugins()
 
 
-def quantizer_class(name: str) -> type[Quantizer]:
-    """The quantizer of this name."""
+def quantizer_class(name: str, *, hint: str = "semid plugins lists them.") -> type[Quantizer]:
+    """The quantizer of this name; if there is none, the error ends with ``hint``."""
     available: dict[str, type[Quantizer]] = installed().named("quantizer")
+    if not isinstance(name, str):
+        raise InvalidArgumentError(f"quantizer must be a name, one of {', '.join(sorted(available))}, not {name!r}.")
     if name not in available:
-        hint = f"Run: pip install {PACKAGES[name]}" if name in PACKAGES else "semid plugins lists them."
+        hint = f"Run: pip install {PACKAGES[name]}" if name in PACKAGES else hint
         raise UnknownNameError("quantizer", name, available, hint=hint)
     return available[name]
 

@@ -52,17 +52,17 @@ _BLOCK = 1_024  # queries carried through all steps at once; time is looked at i
 _LEAST_RERANK = 100
 _RERANK_PER_HIT = 4
 _LEAST_BUDGET = 4_096
-_BUDGET_PER_ROOT = 40.0
+_BUDGET_PER_ROOT = 48.0
 _SHOWN_PROBES = 64
 
 
 def default_leaf_size(items: int) -> int:
-    """128 items for small indexes; larger leaves where there are many, since opening one costs a fixed time."""
-    return int(np.clip(math.sqrt(items) / 2, 128, 512))
+    """sqrt(n) items, at least 128: opening a leaf costs a fixed time, and so does scoring one (docs/decisions/0003)."""
+    return int(np.clip(math.sqrt(items), 128, 2_048))
 
 
 def default_budget(items: int) -> int:
-    """Candidates that a search looks at by default: 40 sqrt(n), at least 4,096. See docs/decisions."""
+    """Candidates that a search looks at by default: 48 sqrt(n), at least 4,096 (docs/decisions/0003)."""
     return max(_LEAST_BUDGET, int(_BUDGET_PER_ROOT * math.sqrt(items)))
 
 

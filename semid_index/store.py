@@ -25,6 +25,7 @@ from semid_index.codes import CodeLayout, Prefix, prefix_range, unpack
 from semid_index.errors import (
     CorruptIndexError,
     DuplicateIdError,
+    FilterError,
     IndexClosedError,
     IndexExistsError,
     IndexFileError,
@@ -50,6 +51,11 @@ _CONNECT_CONFIG = {
 }
 _CODEBOOK_NAME = re.compile(r"codebook_(\d+)")
 _READ_BATCH = 65_536
+_ROW_GROUP = 122_880  # rows that DuckDB keeps and compresses together
+_LEAST_MEMORY = 512 << 20  # bytes that DuckDB may hold while it writes or reads vectors
+_RESTORE = "Restore it from a copy, or build it again."
+# DuckDB's errors about values and expressions, as against those about the file or the machine
+_USER_ERRORS = (duckdb.DataError, duckdb.NotSupportedError, duckdb.ProgrammingError)
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,22 @@ class Store:
             finally:
                 cursor.close()
 
+    @contextmanager
+    def _settings(self, **settings: str) -> Iterator[None]:
+        """Work under other settings of DuckDB, and under a memory limit that goes by the size of a row."""
+        row_bytes = 4 * self.config.dim
+        settings["memory_limit"] = f"{max(_LEAST_MEMORY, 4 * _ROW_GROUP * row_bytes) >> 20}MiB"
+        cursor = self.cursor()
+        before = {name: cursor.execute("SELECT current_setting(?)", [name]).fetchall()[0][0] for name in settings}
+        try:
+            for name, value in settings.items():
+                cursor.execute(f"SET {name} = '{value}'")
+            yield
+        finally:
+            with suppress(duckdb.Error):  # nothing that went wrong before may hide behind this
+                for name, value in before.items():
+                    cursor.execute(f"SET {name} = '{value}'")
+
     def save_training(
         self,
         config: IndexConfig,
@@ -186,14 +208,18 @@ class Store:
             for name, array in arrays.items():
                 if name not in codebooks:
                     plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-                    values = [name, plain.dtype.str, list(plain.shape), plain.tobytes()]
+                    values = [name, plain.dtype.str, list(array.shape), plain.tobytes()]
                     cursor.execute("INSERT INTO semid_array VALUES (?, ?, ?, ?)", values)
             _create_item_tables(cursor, config, layout, "int", hierarchical=hierarchical)
 
     @contextmanager
-    def appending(self, id_type: IdType) -> Iterator[Appending]:
-        """Append items, in batches, in one transaction; they are sorted by sid when it ends."""
-        with self.writing() as cursor:
+    def appending(self, id_type: IdType, *, compress: bool = True) -> Iterator[Appending]:
+        """Append items, in batches, in one transaction; they are sorted by sid when it ends.
+
+        ``compress=False`` stores values as they are: DuckDB's compression makes float32 vectors that use all bits of
+        their mantissas 40 % larger, and slower to write (docs/decisions/0005).
+        """
+        with self._settings(force_compression="auto" if compress else "uncompressed"), self.writing() as cursor:
             if self.id_type is None:
                 if id_type != "int":  # training made the tables for integers
                     _create_item_tables(cursor, self.config, self.layout, id_type, hierarchical=self.hierarchical)
@@ -208,12 +234,18 @@ class Store:
     def meta(self, key: str) -> Any:
         """One setting; None if it was never written."""
         found = self._fetch("SELECT value FROM semid_meta WHERE key = ?", [key])
-        return json.loads(found[0][0]) if found else None
+        try:
+            return json.loads(found[0][0]) if found else None
+        except ValueError as error:
+            raise CorruptIndexError(f"{self.path} is damaged: its setting '{key}' is no JSON. {_RESTORE}") from error
 
     @property
     def config(self) -> IndexConfig:
         """What the index is."""
-        return IndexConfig(**self.meta("config"))
+        try:
+            return IndexConfig(**self.meta("config"))
+        except TypeError as error:  # missing, or with other fields
+            raise CorruptIndexError(f"{self.path} is damaged: it does not say what it is. {_RESTORE}") from error
 
     @property
     def layout(self) -> CodeLayout:
@@ -250,7 +282,13 @@ class Store:
         """Everything that training saved, by name."""
         arrays: dict[str, NDArray[Any]] = {}
         for name, dtype, shape, data in self._fetch("SELECT name, dtype, shape, data FROM semid_array"):
-            arrays[name] = _array_from_bytes(name, dtype, shape, data)
+            try:
+                arrays[name] = np.frombuffer(data, dtype=np.dtype(dtype)).reshape(shape)
+            except (TypeError, ValueError) as error:
+                raise CorruptIndexError(
+                    f"{self.path} is damaged: its array '{name}' is not of the type {dtype} and the shape {shape}. "
+                    f"{_RESTORE}"
+                ) from error
         if self._has_table("semid_codebook"):
             codebooks = self.arrow("SELECT level, codeword FROM semid_codebook ORDER BY level, code")
             levels = codebooks["level"].to_numpy()
@@ -286,7 +324,7 @@ class Store:
 
     def vector_batches(self, *columns: str) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
         """The rows and the named columns of ``semid_vectors``, some ten thousand items at a time."""
-        with _errors_translated(self.path):
+        with _errors_translated(self.path), self._settings():
             relation = self.cursor().sql(f"SELECT row, {', '.join(columns)} FROM semid_vectors")
             for batch in relation.to_arrow_reader(_READ_BATCH):
                 yield batch.column(0).to_numpy(), {name: _column(batch.column(i)) for i, name in enumerate(columns, 1)}
@@ -324,19 +362,18 @@ class Store:
 
     def largest_id(self) -> int:
         """The largest integer id; -1 in an empty index."""
-        return int(self._fetch("SELECT coalesce(max(id), -1) FROM semid_codes")[0][0])
+        # not max(id): DuckDB 2.0 answers that from statistics, which keep what a failed commit wrote
+        found = self._fetch("SELECT id FROM semid_codes ORDER BY id DESC LIMIT 1")
+        return int(found[0][0]) if found else -1
 
     def filter_columns(self) -> dict[str, str]:
-        """What a filter may speak of: name -> SQL over ``semid_codes c`` joined with ``items i``.
+        """What a filter may speak of: name -> SQL over the codes ``c`` joined with ``items i``.
 
         A column of the user's wins over one of ours with the same name.
         """
-        ours = {"id": "c.id", "sid": "c.sid", "dup_rank": "c.dup_rank", **tables.code_expressions(self.layout)}
-        if self.hierarchical:
-            ours |= tables.prefix_expressions(self.layout)
         users = {name: f"i.{tables.quoted(name)}" for name in self.item_columns() if name != "id"}
         lowered = {name.lower() for name in users}
-        return {name: sql for name, sql in ours.items() if name not in lowered} | users
+        return {name: f"c.{name}" for name in self._code_columns() if name not in lowered} | users
 
     def item_columns(self) -> dict[str, str]:
         """The columns of ``items``: name -> type, in order."""
@@ -349,19 +386,27 @@ class Store:
 
     def matching_rows(self, condition: CheckedFilter) -> NDArray[np.int64]:
         """The rows of the items that fulfil a checked filter."""
-        columns = self.filter_columns()
-        used = {name: sql for name, sql in columns.items() if name in condition.columns}
-        select = ", ".join(["c.row AS semid_row", *(f"{sql} AS {tables.quoted(name)}" for name, sql in used.items())])
-        source = f"(SELECT {select} FROM semid_codes c JOIN items i ON i.id = c.id)"
-        found = self.arrow(f"SELECT semid_row FROM {source} AS f WHERE {condition.sql}", params=condition.params)
+        used = {name: sql for name, sql in self.filter_columns().items() if name in condition.columns}
+        select = ", ".join(["c.semid_row", *(f"{sql} AS {tables.quoted(name)}" for name, sql in used.items())])
+        codes = {"semid_row": "row", **self._code_columns()}
+        source = f"(SELECT {select} FROM {_subquery('semid_codes', codes)} c JOIN items i ON i.id = c.id)"
+        try:
+            found = self.arrow(f"SELECT semid_row FROM {source} AS f WHERE {condition.sql}", params=condition.params)
+        except _USER_ERRORS as error:
+            raise FilterError(
+                f"The filter does not fit the columns: {_first_line(error)}. Compare a column with values of its own "
+                "type, or use CAST."
+            ) from error
         return found["semid_row"].to_numpy()  # type: ignore[no-any-return]
 
     def items_under(self, prefix: Prefix) -> pa.Table:
         """The items below a prefix, with their IDs and metadata, in the order of their IDs."""
+        order = ["sid", *(["sid_rest"] if self.layout.rest_levels else []), "row"]
+        codes = {"id": "id", "semantic_id": tables.text_expression(self.layout), **{name: name for name in order}}
         return self.arrow(
-            f"SELECT c.id, {tables.text_expression(self.layout)} AS semantic_id{self._metadata_columns()} "
-            f"FROM (FROM semid_codes WHERE {self._under(prefix)}) c JOIN items i ON i.id = c.id "
-            f"ORDER BY c.sid, {'c.sid_rest, ' if self.layout.rest_levels else ''}c.row"
+            f"SELECT c.id, c.semantic_id{self._metadata_columns()} "
+            f"FROM {_subquery('semid_codes', codes, where=self._under(prefix))} c JOIN items i ON i.id = c.id "
+            f"ORDER BY {', '.join('c.' + name for name in order)}"
         )
 
     def shelves(self, depth: int, under: Prefix, *, examples: int) -> list[tuple[tuple[int, ...], int, list[Any]]]:
@@ -381,9 +426,10 @@ class Store:
         import pyarrow as pa
 
         wanted = pa.table({"id": ids, "position": np.arange(len(ids))})
+        codes = _subquery("semid_codes", {"id": "id", "semantic_id": tables.text_expression(self.layout)})
         return self.arrow(
-            f"SELECT c.id, {tables.text_expression(self.layout)} AS semantic_id{self._metadata_columns()} "
-            "FROM wanted w JOIN semid_codes c ON c.id = w.id JOIN items i ON i.id = c.id ORDER BY w.position",
+            f"SELECT c.id, c.semantic_id{self._metadata_columns()} "
+            f"FROM wanted w JOIN {codes} c ON c.id = w.id JOIN items i ON i.id = c.id ORDER BY w.position",
             wanted=wanted,
         )
 
@@ -440,11 +486,12 @@ class Store:
     def _format_version(self) -> int:
         if not self._has_table("semid_meta"):
             raise NotAnIndexError(
-                f"{self.path} is a DuckDB database, but not one of semid-index: it has no table semid_meta."
+                f"{self.path} is a DuckDB database, but not one of semid-index: it has no table semid_meta. "
+                "Make an index, in a file of its own, with semid_index.create."
             )
         version = self.meta("format_version")
-        if not isinstance(version, int):
-            raise CorruptIndexError(f"{self.path} does not say which format it has.")
+        if type(version) is not int or version < 1:
+            raise CorruptIndexError(f"{self.path} is damaged: it does not say which format it has. {_RESTORE}")
         return version
 
     def _under(self, prefix: Prefix) -> str:
@@ -453,9 +500,15 @@ class Store:
         conditions = [f"sid >= {lo} AND sid < {hi}", *(f"sid_rest[{i}] = {code}" for i, code in enumerate(rest, 1))]
         return " AND ".join(conditions)
 
+    def _code_columns(self) -> dict[str, str]:
+        """The columns of ours that a filter may speak of: name -> SQL over ``semid_codes`` alone."""
+        columns = {"id": "id", "sid": "sid", "dup_rank": "dup_rank", **tables.code_expressions(self.layout)}
+        return columns | (tables.prefix_expressions(self.layout) if self.hierarchical else {})
+
     def _metadata_columns(self) -> str:
-        """SQL for the user's columns of ``items i``, after others."""
-        return ", i.* EXCLUDE (id)" if len(self.item_columns()) > 1 else ""
+        """SQL for the user's columns of ``items i``, after ``id`` and ``semantic_id``."""
+        names = [name for name in self.item_columns() if name.lower() not in ("id", "semantic_id")]
+        return "".join(f", i.{tables.quoted(name)}" for name in names)
 
 
 class Appending:
@@ -510,16 +563,46 @@ class Appending:
             _run_over(self._cursor, pa.table({"id": batch.ids}), "INSERT INTO items (id) SELECT id FROM batch")
             return
         table = batch.metadata.add_column(0, "id", batch.ids)
-        known = {row[0].lower() for row in self._cursor.execute("DESCRIBE items").fetchall()}
-        for name, sql_type, *_ in _run_over(self._cursor, table, "DESCRIBE SELECT * FROM batch"):
-            if name.lower() not in known:
-                self._cursor.execute(f"ALTER TABLE items ADD COLUMN {tables.quoted(name)} {sql_type}")
         try:
+            self._fit_columns(table)
             _run_over(self._cursor, table, "INSERT INTO items BY NAME SELECT * FROM batch")
-        except duckdb.ConversionException as error:
+        except _USER_ERRORS as error:
             raise InvalidArgumentError(
-                f"The metadata does not fit the columns of items: {_first_line(error)}"
+                f"The metadata cannot be stored in the table items: {_first_line(error)}. Give it as another type, or "
+                "leave it out."
             ) from error
+
+    def _fit_columns(self, table: pa.Table) -> None:
+        """Make ``items`` take the columns of some metadata: add those that are new, check those that are not."""
+        import pyarrow as pa
+
+        known = {name.lower(): sql_type for name, sql_type, *_ in self._cursor.execute("DESCRIBE items").fetchall()}
+        for name, sql_type, *_ in _run_over(self._cursor, table, "DESCRIBE SELECT * FROM batch"):
+            all_missing = pa.types.is_null(table.schema.field(name).type)
+            column = tables.quoted(name)
+            if name.lower() not in known:
+                new_type = "VARCHAR" if all_missing else sql_type
+                self._cursor.execute(f"ALTER TABLE items ADD COLUMN {column} {new_type}")
+            elif sql_type != known[name.lower()] and not all_missing:
+                self._fit_column(table, column, sql_type, known[name.lower()])
+
+    def _fit_column(self, table: pa.Table, column: str, given: str, kept: str) -> None:
+        """Refuse values that would change on their way into a column of another type."""
+        if self._cursor.execute(f"SELECT count({column}) FROM items").fetchall() == [(0,)]:
+            self._cursor.execute(f"ALTER TABLE items ALTER COLUMN {column} TYPE {given}")
+            return
+        changed = f"CAST(TRY_CAST({column} AS {kept}) AS {given}) IS DISTINCT FROM {column}"
+        found = _run_over(self._cursor, table, f"SELECT {column}::VARCHAR FROM batch WHERE {changed} LIMIT 1")
+        if found:
+            raise InvalidArgumentError(
+                f"The metadata column {column} has the type {given}, but in the index it is {kept}, which cannot hold "
+                f"{str(found[0][0])[:80]!r}. Convert the column, or give it another name."
+            )
+
+
+def _subquery(table: str, columns: Mapping[str, str], *, where: str = "true") -> str:
+    """Some expressions over one table under names of their own, where no other table's columns can be meant."""
+    return f"(SELECT {', '.join(f'{sql} AS {name}' for name, sql in columns.items())} FROM {table} WHERE {where})"
 
 
 def fixed_size_list(matrix: NDArray[Any]) -> pa.Array:
@@ -550,7 +633,8 @@ def _run_over(cursor: duckdb.DuckDBPyConnection, batch: pa.Table, query: str) ->
     try:
         return cursor.execute(query).fetchall()
     finally:
-        cursor.unregister("batch")
+        with suppress(duckdb.TransactionException):  # the query failed, and its own error is the one to see
+            cursor.unregister("batch")
 
 
 def _write_meta(cursor: duckdb.DuckDBPyConnection, **values: Any) -> None:
@@ -595,13 +679,17 @@ def _connect(path: Path | None, *, read_only: bool) -> duckdb.DuckDBPyConnection
 def _check_is_database(path: Path) -> None:
     if not path.exists():
         raise IndexNotFoundError(f"There is no file {path}. Make an index with semid_index.create(path, dim=...).")
+    if path.is_dir():
+        raise NotAnIndexError(f"{path} is a folder. Give the path of the index's file.")
     try:
         with path.open("rb") as file:
             head = file.read(12)
     except OSError as error:
-        raise IndexFileError(f"{path} cannot be read: {error.strerror}.") from error
+        raise IndexFileError(f"{path} cannot be read: {error.strerror}. Change its permissions.") from error
     if head[8:12] != _DUCKDB_MAGIC:
-        raise NotAnIndexError(f"{path} is not an index of semid-index: it is no DuckDB file.")
+        raise NotAnIndexError(
+            f"{path} is not an index of semid-index: it is no DuckDB file. Make an index with semid_index.create."
+        )
 
 
 def _make_room(path: Path, *, overwrite: bool) -> None:
@@ -610,60 +698,90 @@ def _make_room(path: Path, *, overwrite: bool) -> None:
             raise IndexExistsError(
                 f"{path} exists. Open it with semid_index.open, or pass overwrite=True to replace it."
             )
+        if path.is_dir():
+            raise IndexExistsError(f"{path} is a folder, which is not overwritten. Give the path of a file.")
+        _check_not_in_use(path)
         _remove(path)
     if not path.parent.is_dir():
         raise IndexFileError(f"There is no folder {path.parent}. Create it first.")
 
 
+def _check_not_in_use(path: Path) -> None:
+    """Refuse to overwrite an index that is open: whoever has it open would go on writing into a deleted file."""
+    for read_only in (True, False):  # DuckDB refuses another connection of this process if its mode differs
+        try:
+            _connect(path, read_only=read_only).close()
+        except IndexLockedError:
+            raise
+        except (IndexFileError, duckdb.Error):
+            continue  # damaged, or no database: it is to be overwritten
+
+
 def _remove(path: Path) -> None:
-    for part in (path, _wal(path)):
-        part.unlink(missing_ok=True)
+    try:
+        for part in (path, _wal(path)):
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise ReadOnlyError(
+            f"{path} cannot be removed: {error.strerror}. Change the permissions of its folder, or use another path."
+        ) from error
 
 
 def _wal(path: Path) -> Path:
     return path.with_name(path.name + ".wal")
 
 
-def _array_from_bytes(name: str, dtype: str, shape: list[int], data: bytes) -> NDArray[Any]:
-    kind = np.dtype(dtype)
-    if kind.hasobject or kind.itemsize * int(np.prod(shape, dtype=object)) != len(data):
-        raise CorruptIndexError(f"The stored array '{name}' does not have the size that its shape {shape} says.")
-    return np.frombuffer(data, dtype=kind).reshape(shape)
-
-
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0]
 
 
+# What DuckDB's message contains -> the error to raise, and what to say about the path. The first that fits is taken.
+_TRANSLATIONS: tuple[tuple[str, type[SemidError], str], ...] = (
+    (
+        "lock on file",
+        IndexLockedError,
+        "{path} is open in another process{holder}. Close it there; or open it with read_only=True in every process.",
+    ),
+    (
+        "different configuration",
+        IndexLockedError,
+        "{path} is open in this process already, in another mode. Close it there; or use the same read_only for both.",
+    ),
+    ("version number", NewerFormatError, "{path} was written by a later DuckDB. Run: pip install --upgrade duckdb"),
+    ("Corrupt database", CorruptIndexError, "{path} is damaged. " + _RESTORE),
+    ("Could not read enough bytes", CorruptIndexError, "{path} is damaged: it ends too early. " + _RESTORE),
+    ("Serialization Error", CorruptIndexError, "{path} is damaged. " + _RESTORE),
+    ("Catalog Error", CorruptIndexError, "{path} is damaged: a table is missing. " + _RESTORE),
+    (
+        "Permission denied",
+        ReadOnlyError,
+        "{path} cannot be written. Open it with read_only=True, or change the permissions of the file and its folder.",
+    ),
+    ("Read-only file system", ReadOnlyError, "{path} cannot be written. Open it with read_only=True, or copy it."),
+    ("No space left", StorageError, "Writing {path} failed, and the index is as it was before. Make room on the disk."),
+    (
+        "File too large",
+        StorageError,
+        "Writing {path} failed, and the index is as it was before. Make room on the disk.",
+    ),
+    ("IO Error", IndexFileError, "{path} cannot be used."),
+)
+
+
 @contextmanager
 def _errors_translated(path: Path | None) -> Iterator[None]:
-    """DuckDB's errors as ours, with what to do next."""
+    """DuckDB's errors as ours, with what to do next; those that mean nothing to a user stay as they are."""
     try:
         yield
-    except SemidError:
+    except duckdb.IntegrityError as error:
+        raise DuplicateIdError(f"An id is in the index already. Leave it out. ({_first_line(error)})") from error
+    except duckdb.DataError:  # it quotes values, which can contain any words
         raise
-    except duckdb.ConstraintException as error:
-        raise DuplicateIdError(f"An id is in the index already: {_first_line(error)}") from error
-    except duckdb.IOException as error:
-        raise _io_error(path, str(error)) from error
-    except duckdb.SerializationException as error:
-        raise CorruptIndexError(f"{path} cannot be read: {_first_line(error)}") from error
-
-
-def _io_error(path: Path | None, message: str) -> IndexFileError:
-    line = message.strip().splitlines()[0]
-    if "Could not set lock" in message or "Conflicting lock" in message:
+    except duckdb.Error as error:
+        message = str(error)
         holder = re.search(r"\(PID (\d+)\)", message)
-        who = f" (process {holder[1]})" if holder else ""
-        return IndexLockedError(
-            f"{path} is open in another process{who}. Close it there; or open it with read_only=True in every process."
-        )
-    if "version number" in message:
-        return NewerFormatError(f"{path} was written by a later DuckDB. Run: pip install --upgrade duckdb ({line})")
-    if "read-only" in message.lower() or "Permission denied" in message:
-        return ReadOnlyError(
-            f"{path} cannot be written: {line}. Open it with read_only=True, or change its permissions."
-        )
-    if "No space left" in message or "File too large" in message:
-        return StorageError(f"Writing {path} failed, the index is as it was before: {line}")
-    return IndexFileError(f"{path}: {line}")
+        for words, kind, text in _TRANSLATIONS:
+            if words in message:
+                said = text.format(path=path or "The index", holder=f" (process {holder[1]})" if holder else "")
+                raise kind(f"{said} ({_first_line(error)})") from error
+        raise

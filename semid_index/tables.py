@@ -151,3 +151,60 @@ def semantic_ids_query(layout: CodeLayout, *, hierarchical: bool) -> str:
         "version": "1",
     }
     return "SELECT " + ", ".join(f"{sql} AS {name}" for name, sql in columns.items()) + " FROM semid_codes"
+
+
+# -- what it all means ------------------------------------------------------------------------------------------------
+
+SETTINGS: dict[str, str] = {
+    "format_version": "the format of the file, a whole number; this page describes the newest",
+    "config": "what the index is: the arguments of `create`",
+    "next_row": "the number that the next new item gets",
+    "codebook_sizes": "codewords per level, coarsest first; written by training, as are the next two",
+    "hierarchical": "whether a prefix of the codes means something",
+    "train_report": "what `train` reported: rows, seconds, error and perplexity per level",
+    "id_type": '`"int"` or `"str"`; written by the first `add`',
+}
+"""The keys of ``semid_meta``, for ``docs/file-format.md``."""
+
+COLUMNS: dict[str, dict[str, str]] = {
+    "semantic_ids": {
+        "id": "the user's id",
+        "sid": "the packed codes: sorting by it puts alike items side by side",
+        "semantic_id": "the codes as text, such as `12-153-87-21`",
+        "c": "the code at each level, `c1` the coarsest; at most 64 columns",
+        "p": "the first 1, 2, ... codes as one integer, as deep as the sid reaches; "
+        "equal numbers mean equal prefixes; only where a prefix means something",
+        "dup_rank": "0 for the first item with this ID, 1 for the second, and so on; with the ID it is unique",
+        "version": "the training that the ID comes from; always 1 so far",
+    },
+    "items": {"id": "the user's id; the other columns are the metadata, with the names and types they were given in"},
+    "semid_codes": {
+        "row": "the item's number, given once and in the order of adding; it joins `semid_vectors`",
+        "id": "the user's id",
+        "sid": "the codes of the levels that fit into 63 bits",
+        "sid_rest": "the codes of the other levels; only where there are some",
+        "bucket": "the first codes alone, as many whole levels as fit into 16 bits (at least one); to join on from SQL",
+        "dup_rank": "as in `semantic_ids`",
+        "norm2": "the squared length of the vector that the codes decode to",
+    },
+    "semid_vectors": {
+        "row": "the item's number; joins `semid_codes`",
+        "v": '`FLOAT` for `vectors="float32"`, `TINYINT` for `"int8"`, `USMALLINT` with the bits of a half for '
+        '`"float16"`, absent for `"none"`',
+        "scale": 'with `"int8"`: the vector is about `v * scale`',
+        "tail": "tail codes, two 4-bit codes per byte, the first in the low bits; absent without a tail",
+    },
+    "semid_codebook": {
+        "level": "1 for the coarsest",
+        "code": "the number of the codeword in its codebook, from 0",
+        "codeword": "the vector; an item decodes to the sum of its codewords",
+    },
+    "semid_array": {
+        "name": "what the quantizer calls the array; `tail_codebooks` are the codewords of the tail",
+        "dtype": "as NumPy writes it, such as `<f4`; always little-endian",
+        "shape": "its lengths",
+        "data": "its values, row by row",
+    },
+    "semid_meta": {"key": "the name of a setting, see below", "value": "its value, as JSON"},
+}
+"""What each column of each table means, for ``docs/file-format.md``. ``c`` and ``p`` stand for ``c1``, ``c2``, ..."""

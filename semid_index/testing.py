@@ -11,8 +11,8 @@
             return MyQuantizer(levels=3, codebook_size=16)
 
 Put ``pytest.register_assert_rewrite("semid_index.testing")`` into ``conftest.py``, so that failures show values.
-:func:`estimator` makes a scikit-learn transformer of a quantizer, for ``sklearn.utils.estimator_checks.check_estimator``
-and for pipelines.
+:func:`estimator` makes a scikit-learn transformer of a quantizer, for pipelines and for scikit-learn's own suite,
+``sklearn.utils.estimator_checks.check_estimator``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import SkipTest  # pytest knows it, and need not be installed to import this module
@@ -73,6 +73,8 @@ class QuantizerContract:
     fewest_rows: ClassVar[int] = 1
     """How many vectors training needs; ``fit`` refuses fewer."""
 
+    _trained: ClassVar[Quantizer]
+
     def make(self) -> Quantizer:
         """A new quantizer, not trained, always with the same configuration."""
         raise NotImplementedError(f"{type(self).__name__} must define make(), which returns a new quantizer.")
@@ -89,14 +91,18 @@ class QuantizerContract:
 
     def trained(self) -> Quantizer:
         """A quantizer fitted to ``vectors()``. It is shared by all tests, so do not fit it again."""
-        return _trained(type(self))
+        suite = type(self)
+        if "_trained" not in vars(suite):
+            suite._trained = self.make().fit(self.vectors(), seed=0)
+        return suite._trained
 
     def _points(self) -> Vectors:
         random = np.random.default_rng(7)
         n = self.rows + self.rows // 2
         centres = 10 * random.standard_normal((40, self.dim))
         smaller = centres[:, None] + 3 * random.standard_normal((40, 8, self.dim))
-        points = smaller[random.integers(40, size=n), random.integers(8, size=n)] + random.standard_normal((n, self.dim))
+        points = smaller[random.integers(40, size=n), random.integers(8, size=n)]
+        points += random.standard_normal((n, self.dim))
         return points.astype(np.float16).astype(np.float32)
 
     # -- names and sizes
@@ -105,7 +111,7 @@ class QuantizerContract:
         """The name is a class attribute, since it must be known before there is an object."""
         name = type(self.make()).name
         assert isinstance(name, str), f"name must be text, not {name!r}"
-        assert name and name == name.strip(), f"name must not be empty or begin or end with a space: {name!r}"
+        assert name.strip() == name != "", f"name must not be empty, or begin or end with a space: {name!r}"
 
     def test_sizes(self) -> None:
         """``levels`` and ``codebook_sizes`` agree, and a semantic ID can hold them."""
@@ -181,7 +187,9 @@ class QuantizerContract:
         codes = quantizer.encode(vectors)
         errors = [_errors(quantizer, vectors, codes, depth).mean() for depth in range(quantizer.levels + 1)]
         assert all(np.diff(errors) < 0), f"error after 0, 1, ... levels: {errors}"
-        alone = [np.square(vectors - codebook[codes[:, level]]).sum() for level, codebook in enumerate(quantizer.codebooks)]
+        alone = [
+            np.square(vectors - codebook[c]).sum() for codebook, c in zip(quantizer.codebooks, codes.T, strict=True)
+        ]
         assert np.argmin(alone) == 0, f"error of each level alone: {alone}"
 
     def test_additive(self) -> None:
@@ -196,7 +204,8 @@ class QuantizerContract:
             assert codebook.dtype == np.float32
             assert np.array_equal(state[f"codebook_{level}"], codebook)
         codes = _random_codes(quantizer, 500)
-        total = np.sum([codebook[codes[:, level]] for level, codebook in enumerate(quantizer.codebooks)], axis=0, dtype=float)
+        words = [codebook[c] for codebook, c in zip(quantizer.codebooks, codes.T, strict=True)]
+        total = np.sum(words, axis=0, dtype=np.float64)
         np.testing.assert_allclose(quantizer.decode(codes), total, rtol=1e-5, atol=1e-5 * np.abs(total).max())
 
     # -- seeds
@@ -220,7 +229,8 @@ class QuantizerContract:
     def test_restore(self) -> None:
         """Made from its configuration and state, a quantizer is the same in every respect."""
         quantizer, vectors = self.trained(), self.unseen()
-        restored = type(quantizer).restore(quantizer.get_config(), {name: a.copy() for name, a in quantizer.state().items()})
+        state = {name: array.copy() for name, array in quantizer.state().items()}
+        restored = type(quantizer).restore(quantizer.get_config(), state)
         assert restored.codebook_sizes == quantizer.codebook_sizes
         assert restored.get_config() == quantizer.get_config()
         assert _state_of(restored) == _state_of(quantizer)
@@ -289,9 +299,9 @@ class QuantizerContract:
             "text": vectors.astype(str),
         }
         for fault, array in faults.items():
-            assert_raises(InvalidVectorsError, lambda array=array: quantizer.encode(array), f"encode: {fault}")
+            assert_raises(InvalidVectorsError, partial(quantizer.encode, array), f"encode: {fault}")
             if "dimension too" not in fault:
-                assert_raises(InvalidVectorsError, lambda array=array: quantizer.fit(array), f"fit: {fault}")
+                assert_raises(InvalidVectorsError, partial(quantizer.fit, array), f"fit: {fault}")
             assert np.array_equal(quantizer.encode(vectors), before[0]), f"after {fault}, codes differ"
             assert _state_of(quantizer) == before[1], f"after {fault}, the state differs"
 
@@ -325,7 +335,8 @@ class QuantizerContract:
         assert reports, "fit never called report_progress"
         shares = [done / total for done, total, _ in reports]
         assert shares == sorted(shares), reports
-        assert shares[0] >= 0 and shares[-1] == 1, reports
+        assert shares[0] >= 0, reports
+        assert shares[-1] == 1, reports
         assert all(isinstance(what, str) and what for _, _, what in reports), reports
 
 
@@ -333,7 +344,7 @@ def assert_same_codes(quantizer: Quantizer, vectors: Vectors, expected: Codes, g
     """Codes are equal, near-ties aside.
 
     Where they differ, the two first differing codewords must be equally good: with the levels up to there (all levels,
-    if they are no hierarchy or do not add up), the squared errors are within 1e-4 of each other. Otherwise AssertionError.
+    if they are no hierarchy or do not add up), the squared errors are within 1e-4 of each other. AssertionError if not.
     """
     assert expected.shape == got.shape, what
     rows = np.flatnonzero((expected != got).any(axis=1))
@@ -360,11 +371,13 @@ def assert_raises(expected: type[Exception], call: Callable[[], object], what: s
 def _errors(quantizer: Quantizer, vectors: Vectors, codes: Codes, depth: int) -> NDArray[np.float64]:
     """Squared distance from each vector to what its first ``depth`` codes stand for; (n,)."""
     if quantizer.codebooks is None:
-        decoded: NDArray[Any] = quantizer.decode(codes)
+        left = vectors.astype(np.float64) - quantizer.decode(codes)
     else:
-        levels = enumerate(quantizer.codebooks[:depth])
-        decoded = sum((codebook[codes[:, level]] for level, codebook in levels), np.zeros_like(vectors))
-    return np.square(vectors.astype(np.float64) - decoded).sum(axis=1)
+        left = vectors.astype(np.float64)
+        for level, codebook in enumerate(quantizer.codebooks[:depth]):
+            left -= codebook[codes[:, level]]
+    errors: NDArray[np.float64] = np.einsum("ij,ij->i", left, left)
+    return errors
 
 
 def _random_codes(quantizer: Quantizer, n: int) -> Codes:
@@ -377,23 +390,18 @@ def _state_of(quantizer: Quantizer) -> dict[str, tuple[str, tuple[int, ...], byt
     return {name: (array.dtype.str, array.shape, array.tobytes()) for name, array in quantizer.state().items()}
 
 
-@cache
-def _trained(suite: type[QuantizerContract]) -> Quantizer:
-    test = suite()
-    return test.make().fit(test.vectors(), seed=0)
-
-
 def _in_another_process(quantizer: Quantizer, vectors: Vectors, codes: Codes) -> Mapping[str, NDArray[Any]]:
     """What a fresh interpreter, given the saved quantizer, encodes the vectors and decodes the codes to."""
     quantizer_class = type(quantizer)
-    saved = {"module": quantizer_class.__module__, "class": quantizer_class.__qualname__, "config": quantizer.get_config()}
+    names = {"module": quantizer_class.__module__, "class": quantizer_class.__qualname__}
+    saved = {**names, "config": quantizer.get_config()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "quantizer.json").write_text(json.dumps(saved))
         np.savez(folder / "state.npz", allow_pickle=False, **quantizer.state())
         np.save(folder / "vectors.npy", vectors, allow_pickle=False)
         np.save(folder / "codes.npy", codes, allow_pickle=False)
-        run = subprocess.run(
+        run = subprocess.run(  # noqa: S603, our own program
             [sys.executable, "-c", _RESTORE_AND_ENCODE, name],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True,
@@ -414,9 +422,10 @@ def estimator(quantizer_class: type[Quantizer], **params: Any) -> Any:
     Its parameters are those of the quantizer, and ``seed``. It can be cloned, pickled, searched over and put into a
     ``Pipeline``::
 
-        model = make_pipeline(estimator(ResidualKMeans, levels=2, codebook_size=64), OneHotEncoder(), LogisticRegression())
+        codes = estimator(ResidualKMeans, levels=2, codebook_size=64)
+        model = make_pipeline(codes, OneHotEncoder(handle_unknown="ignore"), LogisticRegression())
 
-    Bad vectors are refused by the quantizer itself. Needs scikit-learn.
+    Too few vectors, NaN and infinity are refused by the quantizer itself. Needs scikit-learn.
     """
     return _estimator_class(quantizer_class)(**params)
 
@@ -436,12 +445,14 @@ def _estimator_class(quantizer_class: type[Quantizer]) -> Any:
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(quantizer_class).parameters.values()]
     seed = inspect.Parameter("seed", inspect.Parameter.KEYWORD_ONLY, default=0)
     signature = inspect.Signature([*own, seed])
+    # What an array is, scikit-learn wants to be said in its own words; which values and how many, the quantizer knows.
+    left_to_quantizer = {"ensure_all_finite": False, "ensure_min_samples": 0}
 
     class QuantizerEstimator(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         def __init__(self, **params: Any) -> None:
             bound = signature.bind(**params)
             bound.apply_defaults()
-            vars(self).update(bound.arguments)
+            self.__dict__.update(bound.arguments)
 
         def __reduce__(self) -> tuple[Any, ...]:
             return _new_estimator, (quantizer_class,), self.__getstate__()
@@ -451,18 +462,18 @@ def _estimator_class(quantizer_class: type[Quantizer]) -> Any:
             tags.transformer_tags.preserves_dtype = []  # codes are int32, whatever the vectors are
             return tags
 
-        def fit(self, X: Any, y: Any = None) -> Any:
-            X = validate_data(self, X, skip_check_array=True)
+        def fit(self, X: Any, y: Any = None) -> Any:  # noqa: N803
+            X = validate_data(self, X, **left_to_quantizer)
             params = {parameter.name: getattr(self, parameter.name) for parameter in own}
             self.quantizer_ = quantizer_class(**params).fit(X, seed=self.seed)
             return self
 
-        def transform(self, X: Any) -> Codes:
+        def transform(self, X: Any) -> Codes:  # noqa: N803
             check_is_fitted(self, "quantizer_")
-            codes: Codes = self.quantizer_.encode(validate_data(self, X, reset=False, skip_check_array=True))
+            codes: Codes = self.quantizer_.encode(validate_data(self, X, reset=False, **left_to_quantizer))
             return codes
 
-        def inverse_transform(self, X: Any) -> Vectors:
+        def inverse_transform(self, X: Any) -> Vectors:  # noqa: N803
             check_is_fitted(self, "quantizer_")
             vectors: Vectors = self.quantizer_.decode(np.asarray(X))
             return vectors

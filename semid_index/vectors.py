@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 
 from semid_index.errors import (
     DimensionMismatchError,
-    IndexNotFoundError,
     InvalidArgumentError,
     InvalidIdsError,
     InvalidVectorsError,
     MissingDependencyError,
     SemidError,
+    SourceNotFoundError,
 )
 from semid_index.quantizer import Vectors
 
@@ -126,18 +126,19 @@ def _read_array(data: Any, what: str, dim: int | None = None) -> NDArray[Any]:
         )
     try:
         can_only_dlpack = hasattr(data, "__dlpack__") and not hasattr(data, "__array__")
-        return np.from_dlpack(data) if can_only_dlpack else _read_objects(np.asarray(data), what)
-    except (SemidError, MemoryError):
+        array = np.from_dlpack(data) if can_only_dlpack else np.asarray(data)
+    except MemoryError:
         raise
     except ValueError as error:  # lists of different lengths: Arrow can say which
         return _read_lists(data, what, error)
     except Exception as error:  # tensors on a GPU or with a gradient say themselves what to do, each with its own type
         raise InvalidVectorsError(f"{what}: cannot be read as an array. {error}") from error
+    return _read_objects(array, what)
 
 
 def _read_objects(array: NDArray[Any], what: str) -> NDArray[Any]:
     """The array; if it is a column of lists, which NumPy holds as objects, the lists as rows."""
-    return _read_lists(array, what) if array.dtype == object and array.ndim == 1 and len(array) else array
+    return _read_lists(array, what) if array.dtype == object and array.ndim == 1 else array
 
 
 def _read_lists(
@@ -316,7 +317,7 @@ class ArrowSource(VectorSource):
         if parts:
             yield _to_float32(_concatenated(parts, self.dim))
         if seen != self.rows:
-            raise InvalidVectorsError(f"{self.description}: {seen:,} rows were read, but {self.rows:,} are promised.")
+            raise _changed(self.description)
 
 
 class Hdf5Source(VectorSource):
@@ -332,6 +333,8 @@ class Hdf5Source(VectorSource):
 
     def batches(self, size: int) -> Iterator[Vectors]:
         with self._dataset() as dataset:
+            if dataset.shape != (self.rows, self.dim):
+                raise _changed(self.description)
             for start in self._starts(size):
                 yield _to_float32(dataset[start : start + size])
 
@@ -374,7 +377,7 @@ def open_vectors(source: Any, *, column: str | None = None) -> VectorSource:
 def _open_file(path: Path, column: str | None) -> VectorSource:
     suffix = path.suffix.lower()
     if not path.is_file():
-        raise IndexNotFoundError(f"There is no file '{path}'. Give the path of one file with vectors.")
+        raise SourceNotFoundError(f"There is no file '{path}'. Give the path of one file with vectors.")
     if suffix in _COLUMN_FILES:
         return _COLUMN_FILES[suffix](path, column)
     if suffix not in _ARRAY_FILES:
@@ -412,6 +415,10 @@ def _uneven(row: int, got: int, dim: int, what: str) -> InvalidVectorsError:
     )
 
 
+def _changed(what: str) -> InvalidVectorsError:
+    return InvalidVectorsError(f"{what}: it has not as many rows as when it was opened. Open it again.")
+
+
 # ---------------------------------------------------------------------------------------- files that are one array
 
 
@@ -444,7 +451,7 @@ def _check_size(shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> None
     promised = dtype.itemsize
     for length in shape:
         promised *= length
-    if promised != size or min(shape, default=0) < 0:
+    if promised != size:
         raise ValueError(f"its header promises {promised:,} bytes (shape {shape}, {dtype}), but {size:,} follow.")
 
 
@@ -697,7 +704,7 @@ def read_ids(path: str | os.PathLike[str], *, column: str | None = None) -> list
     """
     path = Path(path)
     if not path.is_file():
-        raise IndexNotFoundError(f"There is no file '{path}'. Give the path of one file with ids.")
+        raise SourceNotFoundError(f"There is no file '{path}'. Give the path of one file with ids.")
     suffix = path.suffix.lower()
     with _reading(path, InvalidIdsError):
         if suffix == ".parquet":

@@ -191,20 +191,19 @@ def test_as_vectors_of_other_objects(data: Any) -> None:
     assert_same(np.concatenate(list(open_vectors(data).batches(4))), FLOATS)
 
 
-def test_as_vectors_of_data_frames() -> None:
-    for name in ("pandas", "polars"):
-        library = pytest.importorskip(name)
-        for rows in (FLOATS.tolist(), list(FLOATS)):
-            frame = library.DataFrame({"id": range(ROWS), "v": rows})
-            assert_same(as_vectors(frame), FLOATS)
-            assert_same(as_vectors(frame["v"]), FLOATS)
-            assert_same(np.concatenate(list(open_vectors(frame, column="v").batches(4))), FLOATS)
-        ragged = library.Series([[1.0, 2.0], [3.0]])
-        with pytest.raises(InvalidVectorsError, match="row 1 has 1 values where 2"):
-            as_vectors(ragged)
-        with pytest.raises(InvalidVectorsError, match=r"none of 'a', 'b' holds vectors.*to_numpy"):
-            as_vectors(library.DataFrame({"a": [1.0], "b": [2.0]}))
-        assert as_queries(library.Series([1.0, 2.0]), dim=2)[1]
+@pytest.mark.parametrize("name", ["pandas", "polars"])
+def test_as_vectors_of_data_frames(name: str) -> None:
+    library = pytest.importorskip(name)
+    for rows in (FLOATS.tolist(), list(FLOATS)):
+        frame = library.DataFrame({"id": range(ROWS), "v": rows})
+        assert_same(as_vectors(frame), FLOATS)
+        assert_same(as_vectors(frame["v"]), FLOATS)
+        assert_same(np.concatenate(list(open_vectors(frame, column="v").batches(4))), FLOATS)
+    with pytest.raises(InvalidVectorsError, match="row 1 has 1 values where 2"):
+        as_vectors(library.Series([[1.0, 2.0], [3.0]]))
+    with pytest.raises(InvalidVectorsError, match=r"none of 'a', 'b' holds vectors.*to_numpy"):
+        as_vectors(library.DataFrame({"a": [1.0], "b": [2.0]}))
+    assert as_queries(library.Series([1.0, 2.0]), dim=2)[1]
 
 
 @pytest.mark.parametrize(
@@ -332,7 +331,7 @@ def test_as_queries_refuses(queries: Any, error: type[Exception]) -> None:
 
 
 # 1e-30 squares to zero and 1e30 to infinity in float32: the first has no length left, the second is a good value.
-VALUES = st.sampled_from([0.0, -0.0, 1.0, -2.5, 1e-30, 1e30, -3e38, np.nan, np.inf, -np.inf])
+VALUES = st.sampled_from([0.0, -0.0, 1.0, -2.5, 1e-18, 1e-30, 1e30, -3e38, np.nan, np.inf, -np.inf])
 
 
 @given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=5), elements=VALUES))
@@ -600,7 +599,7 @@ def test_columns_are_chosen_by_name(tmp_path: Path) -> None:
 
 
 def test_a_column_name_with_dots_is_a_name(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"v": [[1.0]], "v.x": [[2.0]]}), tmp_path / "x.parquet")
+    pq.write_table(pa.table({"v.x": [[2.0]], "v": [[1.0]]}), tmp_path / "x.parquet")
     for column, value in (("v", 1), ("v.x", 2)):
         assert open_vectors(tmp_path / "x.parquet", column=column).sample(1, seed=0).tolist() == [[value]]
 
@@ -743,6 +742,40 @@ def test_bad_lists_are_named_by_their_row(suffix: str, row: int, value: Any, say
         list(open_vectors(path).batches(4))
     assert caught.value.rows == (row,)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".feather", ".hdf5"])
+def test_a_file_that_changed_since_it_was_opened_is_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x{suffix}"
+
+    def write(numbers: NDArray[np.float32]) -> None:
+        if suffix == ".hdf5":
+            write_hdf5(path, numbers)
+        else:
+            table = pa.table({"v": list(numbers)})
+            (pq.write_table if suffix == ".parquet" else feather.write_feather)(table, path)
+
+    for now in (FLOATS[:-3], np.concatenate([FLOATS, FLOATS])):
+        write(FLOATS)
+        source = open_vectors(path)
+        write(now)
+        with pytest.raises(InvalidVectorsError, match="Open it again"):
+            list(source.batches(4))
+    write(FLOATS)
+    source = open_vectors(path)
+    write(FLOATS[:3])
+    with pytest.raises(InvalidVectorsError, match="Open it again"):
+        source.sample(9, seed=0)
+
+
+def test_arrow_offsets_outside_of_the_file_are_not_followed(tmp_path: Path) -> None:
+    write_stream(tmp_path / "x.arrow", pa.table({"v": pa.array([[1.0, 2.0]] * 3)}))
+    offsets = np.array([0, 2, 4, 6], "<i4")
+    content = (tmp_path / "x.arrow").read_bytes()
+    assert content.count(offsets.tobytes()) == 1
+    (tmp_path / "x.arrow").write_bytes(content.replace(offsets.tobytes(), (offsets + 10**8).tobytes()))
+    with pytest.raises(InvalidVectorsError, match=r"x\.arrow cannot be read"):
+        open_and_read(tmp_path / "x.arrow")
 
 
 def test_null_rows_of_fixed_size_lists_are_named() -> None:

@@ -36,7 +36,7 @@ from semid_index.vectors import as_vectors
 _START_ITERATIONS = 10  # of plain k-means, before balancing
 _SAMPLE_PER_CODEWORD = 256  # prices and codewords are first learned on at most this many points for each codeword
 _FULL_ROUNDS = 5  # rounds on all points, where a sample came first
-_PRICE_STEP = 0.1  # of the mean squared error; prices swing from 0.2 on, and are slow below 0.05
+_FIRST_STEP, _LAST_STEP = 0.2, 0.02  # of prices, in mean squared errors: coarse at first, then without swinging
 _TILE = 1 << 21  # costs computed at once: 8 MB, which stays in the cache
 _PASSES = 6  # after proposing this often on average, the points left move in groups
 
@@ -65,21 +65,23 @@ def balanced_kmeans(
         raise InvalidArgumentError(f"k must be from 1 to the number of points, {len(points)}, not {k}.")
     sampled = len(points) > _SAMPLE_PER_CODEWORD * k
     full_rounds = min(_FULL_ROUNDS, iterations) if sampled else iterations
-    steps = _Steps(1 + sampled * iterations + full_rounds, report)
+    schedule = _Schedule(1 + sampled * iterations + full_rounds, report)
 
     market = _Market(kmeans(points, k, seed=seed, iterations=min(_START_ITERATIONS, iterations)))
-    steps.advance()
+    schedule.advance()
     if sampled:
         sample = np.random.default_rng(seed).choice(len(points), _SAMPLE_PER_CODEWORD * k, replace=False, shuffle=False)
-        market.balance(points[np.sort(sample)], iterations, steps)
-    best = market.balance(points, full_rounds, steps)
+        market.balance(points[np.sort(sample)], iterations, schedule)
+    best = market.balance(points, full_rounds, schedule)
     return best.centroids, best.codes
 
 
 def assign_with_room(
     points: Vectors, codebook: Vectors, room: NDArray[np.int64], prices: NDArray[np.float64] | None = None
 ) -> Assignment:
-    """Each of (n, dim) points to the nearest codeword (K, dim) that has room for it; ``room`` (K,) sums to n or more.
+    """Each of (n, dim) points to the nearest codeword (K, dim) that has room for it.
+
+    ``room`` (K,) says how many points each codeword may take: in all n or more; below 0 is as good as 0.
 
     Every point proposes to the codeword that costs it least (squared distance plus price) among those with room. A
     codeword with too many proposals takes those that would lose most by going to their second choice; the others
@@ -89,15 +91,15 @@ def assign_with_room(
 
     Raises :class:`InvalidArgumentError` when there is not room for all.
     """
+    room = np.maximum(room, 0)
     if room.sum() < len(points):
         raise InvalidArgumentError(f"{len(points)} points do not fit: there is room for {room.sum()} in all.")
-    room = room.copy()
     offsets = _offsets(codebook, prices)
     codes = np.empty(len(points), dtype=np.int32)
     wanted = np.zeros(len(codebook), dtype=np.int64)
     left = np.arange(len(points))
     proposals = 0
-    while len(left):
+    while len(left) and proposals <= _PASSES * len(points):
         choice, regret = _propose(points, left, codebook, offsets, np.flatnonzero(room > 0))
         if not proposals:
             wanted = np.bincount(choice, minlength=len(codebook))
@@ -106,9 +108,8 @@ def assign_with_room(
         codes[left[kept]] = choice[kept]
         room -= np.bincount(choice[kept], minlength=len(codebook))
         left, turned_away_by = left[~kept], choice[~kept]
-        if proposals > _PASSES * len(points):
-            _move_in_groups(points, left, turned_away_by, codebook, offsets, room, codes)
-            break
+    if len(left):
+        _move_in_groups(points, left, turned_away_by, codebook, offsets, room, codes)
     return Assignment(codes, wanted)
 
 
@@ -158,7 +159,7 @@ class BalancedResidualKMeans(ResidualKMeans):
         codes = np.empty((len(residuals), self.levels), dtype=np.int32)
         for level, (codebook, taken) in enumerate(zip(codebooks, self._checked_counts(counts), strict=True)):
             limit = math.ceil(self.capacity * (int(taken.sum()) + len(residuals)) / len(codebook))
-            chosen = assign_with_room(residuals, codebook, np.maximum(limit - taken, 0)).codes
+            chosen = assign_with_room(residuals, codebook, limit - taken).codes
             codes[:, level] = chosen
             residuals -= codebook[chosen]
         return codes
@@ -195,18 +196,16 @@ class _Market:
         self.prices = np.zeros(len(centroids))
         self.wanted = np.zeros(len(centroids), dtype=np.int64)
 
-    def balance(self, points: Vectors, rounds: int, steps: _Steps) -> _Partition:
+    def balance(self, points: Vectors, rounds: int, schedule: _Schedule) -> _Partition:
         """The best partition of so many rounds over the points."""
         squares = float(np.einsum("nd,nd->", points, points, dtype=np.float64))
-        best = self._round(points, squares)
-        steps.advance()
-        for _ in range(rounds - 1):
-            partition = self._round(points, squares)
-            best = min(best, partition, key=lambda each: each.error)
-            steps.advance()
+        best = _Partition(self.centroids, np.empty(0, dtype=np.int32), np.inf)
+        for _ in range(rounds):
+            best = min(best, self._round(points, squares, schedule.price_step), key=lambda each: each.error)
+            schedule.advance()
         return best
 
-    def _round(self, points: Vectors, squares: float) -> _Partition:
+    def _round(self, points: Vectors, squares: float, price_step: float) -> _Partition:
         quotas = _quotas(len(points), self.wanted)
         # 1. assign at today's prices
         codes, self.wanted = assign_with_room(points, self.centroids, quotas, self.prices)
@@ -216,19 +215,25 @@ class _Market:
         self.centroids = means.astype(np.float32)
         # 3. let prices follow demand
         excess = np.clip((self.wanted - quotas) / quotas, -1, 1)
-        self.prices = self.prices + _PRICE_STEP * error / len(points) * excess
+        self.prices = self.prices + price_step * error / len(points) * excess
         return _Partition(self.centroids, codes, error)
 
 
-class _Steps:
-    """Counts the steps done and reports each."""
+class _Schedule:
+    """Counts the moves done, reports each, and says how far prices may move next."""
 
     def __init__(self, total: int, report: Callable[[int, int], None] | None) -> None:
         self.done = 0
         self.total = total
         self.report = report
 
+    @property
+    def price_step(self) -> float:
+        """A geometric fall from the first step to the last."""
+        return float(_FIRST_STEP * (_LAST_STEP / _FIRST_STEP) ** (self.done / self.total))
+
     def advance(self) -> None:
+        """One more move is done."""
         self.done += 1
         if self.report is not None:
             self.report(self.done, self.total)
@@ -250,8 +255,9 @@ def _means(points: Vectors, codes: NDArray[np.int32], k: int) -> NDArray[np.floa
 
 def _offsets(codebook: Vectors, prices: NDArray[np.float64] | None) -> NDArray[np.float32]:
     """What a codeword costs apart from -2 x.c: |c|^2 and its price. |x|^2 is left out, being the same for all: (K,)."""
-    squares = np.square(codebook, dtype=np.float64).sum(axis=1)
-    return (squares if prices is None else squares + prices).astype(np.float32)
+    squares: NDArray[np.float64] = np.square(codebook, dtype=np.float64).sum(axis=1)
+    costs: NDArray[np.float64] = squares if prices is None else squares + prices
+    return costs.astype(np.float32)
 
 
 def _propose(
@@ -301,7 +307,7 @@ def _move_in_groups(
     order = np.argsort(group, kind="stable")
     for members in np.split(rows[order], np.flatnonzero(np.diff(group[order])) + 1):
         costs = offsets - 2 * (codebook @ points[members].mean(axis=0))
-        by_cost = np.argsort(np.where(room > 0, costs, np.inf), kind="stable")
+        by_cost = np.argsort(costs, kind="stable")
         taken = np.diff(np.minimum(np.cumsum(room[by_cost]), len(members)), prepend=0)
         codes[members] = np.repeat(by_cost, taken)
         room[by_cost] -= taken
@@ -310,7 +316,7 @@ def _move_in_groups(
 def _checked_capacity(capacity: float) -> float:
     if isinstance(capacity, bool) or not isinstance(capacity, int | float) or not 1 <= capacity < math.inf:
         raise InvalidArgumentError(
-            f"capacity must be a number of 1 or more (1.05 allows 5 % more than an even share), or None, not {capacity!r}."
+            f"capacity must be a number of 1 or more (1.05: 5 % more than an even share) or None, not {capacity!r}."
         )
     return float(capacity)
 

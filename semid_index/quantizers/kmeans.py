@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,18 +16,36 @@ from semid_index.quantizer import Vectors
 
 _POINTS_PER_CODEWORD = 256  # k-means learns a codebook of K words from at most 256 K points
 _PLUSPLUS_LIMIT = 2_048  # k-means++ looks at every point once per codeword; above this, its sampled form is used
+_SAMPLED_LIMIT = 16_384  # that form takes time with the square of the size, 200 s for 65,536; above this, random
 
 
 def import_faiss() -> Any:
     """FAISS, imported when first needed: it costs 0.1 s and is an optional dependency."""
     try:
-        import faiss
+        with _patient_threads():
+            import faiss
     except Exception as error:  # faiss-gpu without its CUDA libraries raises RuntimeError, not ImportError
         raise MissingDependencyError(
-            "FAISS is needed to train, and is not installed (or does not load: "
-            f"{error}). Run: pip install 'semid-index[cpu]'"
+            f"FAISS is needed to train, and does not load ({error}). Run: pip install 'semid-index[cpu]'"
         ) from error
     return faiss
+
+
+@contextmanager
+def _patient_threads() -> Iterator[None]:
+    """Let FAISS's threads sleep while they wait, unless the user has said otherwise.
+
+    By default they spin, and on a machine that others use too they then take the time from each other: k-means ran
+    6 to 10 times longer (docs/decisions/0004). OpenMP reads the variable once, when FAISS is loaded.
+    """
+    if "faiss" in sys.modules or "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        yield
+        return
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    try:
+        yield
+    finally:
+        del os.environ["OMP_WAIT_POLICY"]
 
 
 def kmeans(
@@ -34,8 +54,8 @@ def kmeans(
     """``size`` centroids of (n, dim) points, n >= size: (size, dim).
 
     Starts from k-means++ (Arthur and Vassilvitskii, 2007), or for large codebooks its Markov-chain approximation
-    (Bachem et al., 2016). A cluster that runs empty takes half of a large one. Only about 256 points for each codeword,
-    chosen at random, are used.
+    (Bachem et al., 2016), or for the largest ones from points chosen at random. A cluster that runs empty takes half of
+    a large one. Only about 256 points for each codeword, chosen at random, are used.
     """
     faiss = import_faiss()
     clustering = faiss.Clustering(points.shape[1], size)
@@ -43,9 +63,7 @@ def kmeans(
     clustering.niter = iterations
     clustering.min_points_per_centroid = 1  # no warning on stderr about few points
     clustering.max_points_per_centroid = _POINTS_PER_CODEWORD
-    clustering.init_method = (
-        faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS if size <= _PLUSPLUS_LIMIT else faiss.ClusteringInitMethod_AFK_MC2
-    )
+    clustering.init_method = _start(faiss, size)
     index = faiss.IndexFlatL2(points.shape[1])
     if report is not None:
         report(0, 1)
@@ -53,6 +71,13 @@ def kmeans(
     if report is not None:
         report(1, 1)
     return np.asarray(faiss.vector_to_array(clustering.centroids), dtype=np.float32).reshape(size, -1)
+
+
+def _start(faiss: Any, size: int) -> Any:
+    """How FAISS is to choose the first centroids."""
+    if size <= _PLUSPLUS_LIMIT:
+        return faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
+    return faiss.ClusteringInitMethod_AFK_MC2 if size <= _SAMPLED_LIMIT else faiss.ClusteringInitMethod_RANDOM
 
 
 def nearest(points: Vectors, codebook: Vectors) -> NDArray[np.int64]:

@@ -141,7 +141,8 @@ class ProductQuantization(Quantizer):
         """The quantizer that had this configuration and these codebooks."""
         quantizer = cls(**config)
         quantizer.codebooks = [
-            np.ascontiguousarray(state[f"codebook_{level}"], dtype=np.float32) for level in range(1, quantizer.levels + 1)
+            np.ascontiguousarray(state[f"codebook_{level}"], dtype=np.float32)
+            for level in range(1, quantizer.levels + 1)
         ]
         return quantizer
 
@@ -161,7 +162,9 @@ class ProductQuantization(Quantizer):
 
     def _trained(self) -> list[Vectors]:
         if self.codebooks is None:
-            raise NotTrainedError(f"The quantizer '{self.name}' is not trained. Call fit (or index.train) with vectors first.")
+            raise NotTrainedError(
+                f"The quantizer '{self.name}' is not trained. Call fit (or index.train) with vectors first."
+            )
         return self.codebooks
 
 

@@ -36,7 +36,7 @@ def sizes_per_level(levels: int, codebook_size: int | Sequence[int]) -> tuple[in
     """One codebook size per level, from one size for all or a list with one for each."""
     if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= MAX_LEVELS:
         raise InvalidArgumentError(f"levels must be a whole number from 1 to {MAX_LEVELS}, not {levels!r}.")
-    sizes = [codebook_size] * levels if isinstance(codebook_size, int | np.integer) else list(codebook_size)
+    sizes = list(codebook_size) if isinstance(codebook_size, Sequence | np.ndarray) else [codebook_size] * levels
     if len(sizes) != levels:
         raise InvalidArgumentError(
             f"codebook_size lists {len(sizes)} sizes for levels={levels}. Give one for each level."
@@ -165,10 +165,7 @@ def bisection_order(codebook: Vectors) -> NDArray[np.int64]:
 
 def _bisect(points: Vectors, first: int, rounds: int = 10) -> NDArray[np.int64]:
     """All points ordered so that the first ``first`` of them form one compact group and the others another."""
-    centred = points - points.mean(axis=0)
-    _, axes = np.linalg.eigh(centred @ centred.T if len(points) <= points.shape[1] else centred.T @ centred)
-    axis = centred.T @ axes[:, -1] if len(points) <= points.shape[1] else axes[:, -1]
-    order = np.argsort(points @ axis, kind="stable")
+    order = np.argsort(points @ _main_axis(points), kind="stable")
     for _ in range(rounds):
         axis = points[order[first:]].mean(axis=0) - points[order[:first]].mean(axis=0)
         better = np.argsort(points @ axis, kind="stable")
@@ -176,6 +173,16 @@ def _bisect(points: Vectors, first: int, rounds: int = 10) -> NDArray[np.int64]:
             break
         order = better
     return order
+
+
+def _main_axis(points: Vectors, rounds: int = 8) -> Vectors:
+    """Roughly the direction in which the points vary most, by power iteration from the point farthest out."""
+    centred = points - points.mean(axis=0)
+    axis: Vectors = centred[np.argmax(np.einsum("ij,ij->i", centred, centred))]
+    for _ in range(rounds):
+        axis = centred.T @ (centred @ axis)
+        axis /= max(float(np.sqrt(axis @ axis)), 1e-30)
+    return axis
 
 
 @hookimpl

@@ -85,10 +85,12 @@ class ScalarQuantization(Quantizer):
         top = np.float32(self.steps - 1)
         width = (step * top).astype(np.float32)
         with np.errstate(over="ignore"):  # a value far outside a narrow range is infinite until it is clipped
-            scaled = np.divide(vectors - minimum, width, out=np.zeros_like(vectors), where=width > 0)
-        clipped = np.clip(scaled, 0, 1, out=scaled)
-        clipped *= top
-        return clipped
+            scaled: NDArray[np.float32] = np.divide(
+                vectors - minimum, width, out=np.zeros_like(vectors), where=width > 0
+            )
+        scaled = np.clip(scaled, 0, 1, out=scaled)
+        scaled *= top
+        return scaled
 
     def decode(self, codes: Codes) -> Vectors:
         """The middle of each step."""
@@ -114,7 +116,9 @@ class ScalarQuantization(Quantizer):
 
     def _trained(self) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         if self.minimum is None or self.step is None:
-            raise NotTrainedError(f"The quantizer '{self.name}' is not trained. Call fit (or index.train) with vectors first.")
+            raise NotTrainedError(
+                f"The quantizer '{self.name}' is not trained. Call fit (or index.train) with vectors first."
+            )
         return self.minimum, self.step
 
 

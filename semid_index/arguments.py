@@ -1,0 +1,185 @@
+"""What the arguments of the command line mean: values, sizes, ids, tables, queries, and where to write."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from semid_index.errors import IndexExistsError, InvalidArgumentError, MissingDependencyError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from semid_index.index import SemanticIndex
+
+
+def bars(quiet: bool) -> bool:
+    """Whether progress bars are wanted, and there is a screen for them."""
+    return not quiet and sys.stderr.isatty()
+
+
+def parse_value(text: str) -> Any:
+    """A value from the command line: JSON if it is, else text.
+
+    >>> parse_value("7"), parse_value("true"), parse_value("games"), parse_value('"7"')
+    (7, True, 'games', '7')
+    """
+    try:
+        return json.loads(text, parse_constant=str)  # NaN and Infinity are words, too
+    except ValueError:
+        return text
+
+
+def parse_params(values: list[str] | None) -> list[Any] | None:
+    """Values for the ``?`` of an SQL text; None for none."""
+    return [parse_value(value) for value in values] if values else None
+
+
+def parse_sizes(text: str) -> int | list[int]:
+    """One codebook size for all levels, or one for each.
+
+    >>> parse_sizes("256"), parse_sizes("1024,256,256")
+    (256, [1024, 256, 256])
+    """
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"--codebook-size is a number or numbers with commas, such as 1024,256,256, not '{text}'."
+        ) from error
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
+def parse_options(options: list[str] | None) -> dict[str, Any]:
+    """Further options, ``NAME=VALUE`` each."""
+    pairs = [option.partition("=") for option in options or ()]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise typer.BadParameter(f"--option is NAME=VALUE, such as iterations=30, not '{name}'.")
+    return {name.replace("-", "_"): parse_value(value) for name, _, value in pairs}
+
+
+def as_id(index: SemanticIndex, text: str) -> Any:
+    """The id that a person means: the text, or the number it spells where ids are numbers."""
+    is_number = text.removeprefix("-").isdecimal()
+    return int(text) if is_number and text not in index else text
+
+
+@contextmanager
+def complete_or_nothing(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Where to write a new index: a file beside ``output`` that takes its place if all goes well, else goes away."""
+    if output.exists() and not overwrite:
+        raise IndexExistsError(f"{output} exists. Add to it with semid add, or replace it with --overwrite.")
+    part = output.with_name(output.name + ".part")
+    try:
+        yield part
+        output.with_name(output.name + ".wal").unlink(missing_ok=True)  # of the file that is replaced
+        part.replace(output)
+    finally:
+        for left in (part, part.with_name(part.name + ".wal")):
+            left.unlink(missing_ok=True)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_table(path: Path | None) -> pa.Table | None:
+    """A table from a .parquet, .csv, .jsonl or .arrow file; None for none."""
+    if path is None:
+        return None
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.feather
+    import pyarrow.json
+    import pyarrow.parquet
+
+    readers = {
+        ".parquet": pyarrow.parquet.read_table,
+        ".csv": pyarrow.csv.read_csv,
+        ".jsonl": pyarrow.json.read_json,
+        ".arrow": pyarrow.feather.read_table,
+        ".feather": pyarrow.feather.read_table,
+    }
+    if path.suffix.lower() not in readers:
+        raise InvalidArgumentError(f"A table cannot be read from '{path}'. Known are {', '.join(readers)}.")
+    try:
+        return readers[path.suffix.lower()](path)
+    except (pa.ArrowException, OSError) as error:
+        raise InvalidArgumentError(f"'{path}' cannot be read: {error}") from error
+
+
+def read_item_ids(ids: Path | None, column: str | None, metadata: pa.Table | None, vectors: Path) -> Any:
+    """The ids of the items, from the first of these that can have them; None to number the items."""
+    from semid_index.vectors import read_ids
+
+    if ids is not None:
+        return read_ids(ids, column=column)
+    names = [] if metadata is None else metadata.column_names
+    if metadata is not None and (column in names or (column is None and "id" in names)):
+        return metadata[column or "id"]
+    if column is None:
+        return None
+    if metadata is not None:
+        raise InvalidArgumentError(f"The metadata has no column '{column}'. It has {', '.join(names)}.")
+    return read_ids(vectors, column=column)
+
+
+def read_query(vector: str | None, text: str | None, demo_query: str | None) -> Any:
+    """The vector, or vectors, to search for, from the one of these that is given."""
+    if vector is not None:
+        return read_query_vectors(vector)
+    if text is not None:
+        return embed(text)
+    from semid_index.demo import load_sample
+
+    return load_sample().query(demo_query or "")
+
+
+def read_query_vectors(spec: str) -> Any:
+    """``FILE`` for all its rows, ``FILE:ROW`` for one. A .npy file may hold a single vector, too."""
+    import numpy as np
+
+    from semid_index.vectors import open_vectors
+
+    name, _, row = spec.rpartition(":")
+    if Path(spec).exists() or not row.isdecimal():
+        name, row = spec, ""
+    if not row and (vector := _single_vector(name)) is not None:
+        return vector
+    source = open_vectors(name)
+    if row and int(row) >= source.rows:
+        raise InvalidArgumentError(f"'{name}' has no row {row}: it has rows 0 to {source.rows - 1}.")
+    vectors = np.concatenate(list(source.batches(65_536)))
+    return vectors[int(row)] if row else vectors
+
+
+def _single_vector(name: str) -> Any:
+    """The vector in a .npy file that holds a single one, (dim,); None for all other files."""
+    import numpy as np
+
+    try:
+        array = np.load(name, allow_pickle=False, mmap_mode="r") if name.endswith(".npy") else None
+    except (OSError, ValueError):
+        return None  # whoever reads the file next says what is wrong with it
+    return array if array is not None and array.ndim == 1 else None
+
+
+def embed(text: str) -> Any:
+    """The vector of a text, by the embedder that is installed."""
+    from semid_index.plugins import installed
+
+    embedders = installed().named("embedder")
+    if not embedders:
+        raise MissingDependencyError(
+            "No plugin that embeds texts is installed, so a text cannot be searched for. Give --query-vector or --like "
+            "(or --demo-query, for the index of semid demo)."
+        )
+    if len(embedders) > 1:
+        raise InvalidArgumentError(f"Several plugins embed texts: {', '.join(embedders)}. Uninstall all but one.")
+    return next(iter(embedders.values()))().embed([text])[0]

@@ -1,0 +1,116 @@
+"""Records as tables for people: what the command line and the demo print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from semid_index.output import new_grid, shown
+
+_BAR = 40  # characters of a full bar
+_PROBES_SHOWN = 10
+
+
+def stats_view(stats: Mapping[str, Any]) -> RenderableType:
+    """What an index holds, how good its levels are, and what it costs."""
+    facts = facts_view(
+        {name: stats[name] for name in ("items", "dim", "metric", "quantizer", "vectors") if name in stats}
+    )
+    if not stats["trained"]:
+        return Group(facts, Text("Not trained yet."))
+    sizes, shared = stats["codebook_sizes"], stats["items_sharing_an_id"]
+    facts.add_row("codewords", Text(" x ".join(str(size) for size in sizes[:8]) + (" ..." if len(sizes) > 8 else "")))
+    facts.add_row("sharing an ID", Text(f"{shared:,} items, {shared / max(stats['items'], 1):.1%}"))
+    parts: list[RenderableType] = [facts]
+    if levels := stats["train_report"]["levels"]:
+        parts += [Text(), levels_view(levels)]
+    return Group(*parts, Text(), sizes_view(stats))
+
+
+def levels_view(levels: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """How much of a vector is left to explain after each level."""
+    table = new_grid()
+    for name in ("level", "codewords", "perplexity", "error"):
+        table.add_column(name, justify="right")
+    table.add_column("what the ID so far leaves unexplained of a vector")
+    for level in levels:
+        left = round(_BAR * min(level["relative_error"], 1))
+        bar = Text.assemble(("█" * left, "cyan"), ("░" * (_BAR - left), "dim"))
+        table.add_row(
+            str(level["level"]),
+            str(level["codebook_size"]),
+            f"{level['perplexity']:.0f}",
+            f"{level['relative_error']:.1%}",
+            bar,
+        )
+    return table
+
+
+def sizes_view(stats: Mapping[str, Any], *, without_vectors: Mapping[str, Any] | None = None) -> RenderableType:
+    """What an item costs, as a vector and as an ID; and all that the file holds.
+
+    ``without_vectors`` are the stats of the same items in a file that keeps no vectors.
+    """
+    items, full, code = stats["items"], stats["float32_bytes_per_item"], stats["code_bytes_per_item"]
+    kept = "no vectors" if stats["vectors"] == "none" else f"{stats['vectors']} vectors"
+    rows = [
+        ("float32 vectors", full * items, ""),
+        ("semantic IDs", code * items, f"[bold green]{full / code:,.0f} times smaller[/]"),
+        ("codebooks", stats["codebook_bytes"], "the same for 100 million items"),
+        ("the whole file", stats["file_bytes"], f"all that, ids, metadata, {kept}"),
+    ]
+    if without_vectors is not None:
+        rows.append(('the file with vectors="none"', without_vectors["file_bytes"], "distances are to decoded IDs"))
+    table = new_grid()
+    for name in ("", "bytes an item", "in all"):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_column("", style="dim")
+    for name, total, remark in rows:
+        table.add_row(name, f"{total / max(items, 1):,.0f}", f"{total / 1e6:,.2f} MB", remark)
+    return table
+
+
+def trace_view(trace: Mapping[str, Any]) -> RenderableType:
+    """How a search was carried out, and the first leaves that it opened."""
+    counts = ("leaves", "probed", "candidates", "reranked", "matches", "distances", "executor")
+    facts = facts_view({name: trace[name] for name in counts if trace[name] is not None})
+    facts.add_row(
+        "milliseconds", Text(", ".join(f"{step} {1000 * seconds:.2f}" for step, seconds in trace["seconds"].items()))
+    )
+    probes = new_grid()
+    for name in ("leaf", "distance", "items"):
+        probes.add_column(name, justify="left" if name == "leaf" else "right")
+    for probe in trace["probes"][:_PROBES_SHOWN]:
+        probes.add_row(Text(probe["prefix"], style="cyan"), f"{probe['score']:.4f}", f"{probe['items']:,}")
+    parts: list[RenderableType] = [Text(trace["plan"], style="bold"), facts]
+    if trace["probes"]:
+        parts += [Text(), probes]
+    if (more := len(trace["probes"]) - _PROBES_SHOWN) > 0:
+        parts.append(Text(f"... and {more} more", style="dim"))
+    return Group(*parts)
+
+
+def facts_view(facts: Mapping[str, Any]) -> Table:
+    """Names and values, one pair a row."""
+    table = new_grid()
+    table.show_header = False
+    table.add_column(style="cyan")
+    table.add_column()
+    for name, value in facts.items():
+        table.add_row(name, Text(f"{value:,}" if isinstance(value, int) else shown(value)))
+    return table
+
+
+def one_line(text: str, style: str = "") -> Text:
+    """A text for the last column of a table: cut where the screen ends."""
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+
+
+def indented(what: RenderableType, by: int = 2) -> RenderableType:
+    """Moved to the right, below its heading."""
+    return Padding(what, (0, 0, 0, by))

@@ -1,0 +1,98 @@
+"""What the tests share: vectors in clusters, a small index file, and a way to run code in another process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+pytest.register_assert_rewrite("semid_index.testing")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a worker for every core: more threads would only get in the way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _clustered(rows: int, dim: int, *, seed: int = 0) -> NDArray[np.float32]:
+    """Points around 40 centres, which are the same for one seed however many points there are: (rows, dim)."""
+    random = np.random.default_rng(seed)
+    centres = 10 * random.standard_normal((40, dim))
+    points = (centres[random.integers(40, size=rows)] + 2 * random.standard_normal((rows, dim))).astype(np.float32)
+    points.flags.writeable = False
+    return points
+
+
+@pytest.fixture(scope="session")
+def clustered() -> Callable[..., NDArray[np.float32]]:
+    """Makes vectors in clusters, read-only: ``clustered(rows, dim, seed=0)``."""
+    return _clustered
+
+
+@pytest.fixture(scope="session")
+def vectors() -> NDArray[np.float32]:
+    """(2000, 24)"""
+    return _clustered(2_000, 24)
+
+
+@pytest.fixture(scope="session")
+def queries() -> NDArray[np.float32]:
+    """(20, 24), from the same clusters as ``vectors`` and none of them."""
+    return _clustered(20, 24)
+
+
+@pytest.fixture(scope="session")
+def trained_file(tmp_path_factory: pytest.TempPathFactory, vectors: NDArray[np.float32]) -> Path:
+    """An index of ``vectors``, ids 0 to 1999, with the metadata columns ``number`` and ``word``. Do not change it."""
+    import semid_index as semid
+
+    path = tmp_path_factory.mktemp("trained") / "trained.duckdb"
+    with semid.create(path, dim=24, levels=3, codebook_size=16) as index:
+        index.train(vectors)
+        numbers = np.arange(len(vectors))
+        index.add(vectors, metadata={"number": numbers, "word": [f"word {number}" for number in numbers]})
+    return path
+
+
+@pytest.fixture
+def index_file(trained_file: Path, tmp_path: Path) -> Path:
+    """A copy of ``trained_file`` of one's own."""
+    return Path(shutil.copy(trained_file, tmp_path / "index.duckdb"))
+
+
+@pytest.fixture(scope="session")
+def start_python() -> Callable[..., subprocess.Popen[str]]:
+    """Starts code in a fresh interpreter, which imports what this one does; from ``path`` first, if given."""
+
+    def start(code: str, *arguments: object, path: Path | None = None) -> subprocess.Popen[str]:
+        folders = [*([str(path)] if path else []), str(ROOT), *(entry for entry in sys.path if entry)]
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run_python(start_python: Callable[..., subprocess.Popen[str]]) -> Callable[..., str]:
+    """Runs code in a fresh interpreter and gives what it printed; a failure of it is a failure of the test."""
+
+    def run(code: str, *arguments: object, path: Path | None = None) -> str:
+        process = start_python(code, *arguments, path=path)
+        printed, errors = process.communicate()
+        assert process.returncode == 0, f"exit code {process.returncode}\n{printed}\n{errors}"
+        return printed
+
+    return run

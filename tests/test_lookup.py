@@ -1,0 +1,166 @@
+"""Leaves, their scores and the choice of probes; the oracle is plain NumPy over all items."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from semid_index.codes import CodeLayout, pack
+from semid_index.lookup import additive_scorer, centroid_scorer, choose_probes, make_leaves, whole_index
+
+layouts = st.lists(st.integers(2, 40), min_size=1, max_size=6).map(lambda sizes: CodeLayout(tuple(sizes)))
+
+
+def random_codes(layout: CodeLayout, n: int, seed: int, *, skew: float = 1.0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.stack([(size * rng.random(n) ** skew).astype(np.int32) for size in layout.codebook_sizes], axis=1)
+
+
+@settings(deadline=None)
+@given(layouts, st.integers(0, 300), st.integers(1, 50), st.integers(0, 5))
+def test_leaves_cover_every_item_once_and_are_no_larger_than_asked(layout, n, leaf_size, seed):
+    sids = np.sort(pack(random_codes(layout, n, seed, skew=3.0), layout))
+    leaves = make_leaves(sids, layout, leaf_size)
+    assert leaves.starts[0] == 0
+    assert leaves.starts[-1] == n
+    assert (leaves.sizes > 0).all() or n == 0
+    for leaf, (start, end) in enumerate(zip(leaves.starts[:-1], leaves.starts[1:], strict=True)):
+        inside = sids[start:end]
+        free_bits = layout.sid_bits - leaves.bits[leaf]
+        assert ((inside >> free_bits) == (leaves.lowest[leaf] >> free_bits)).all(), (
+            "items of a leaf share its leading bits"
+        )
+        assert len(inside) <= leaf_size or len(set(inside.tolist())) == 1
+
+
+def test_a_leaf_names_its_prefix():
+    layout = CodeLayout((4, 8))
+    codes = np.array([[0, 1], [0, 2], [1, 5], [2, 0], [2, 1], [2, 6], [2, 7], [2, 7]])
+    leaves = make_leaves(np.sort(pack(codes, layout)), layout, 2)
+    # 0: two items. 1: one. 2: five items, so its codes are halved: 0..3 has two; of 4..7, 6 has one and 7 two
+    assert [leaves.text(leaf) for leaf in range(len(leaves))] == ["0-*", "1-*", "2-(0..3)", "2-6", "2-7"]
+    assert leaves.sizes.tolist() == [2, 1, 2, 1, 2]
+
+
+def test_scores_are_distances_to_the_sum_of_the_prefix_codewords():
+    rng = np.random.default_rng(0)
+    layout = CodeLayout((8, 4, 16))
+    codebooks = [rng.standard_normal((size, 5), dtype=np.float32) for size in layout.codebook_sizes]
+    codes = random_codes(layout, 4_000, 1)
+    sids = np.sort(pack(codes, layout))
+    leaves = make_leaves(sids, layout, 30)
+    scorer = additive_scorer(leaves, codebooks, sids, "l2")
+    queries = rng.standard_normal((7, 5), dtype=np.float32)
+    scores = scorer.scores(scorer.table(queries))
+    frequencies = [np.bincount(codes[:, level], minlength=size) for level, size in enumerate(layout.codebook_sizes)]
+    partial = 0
+    for leaf in range(len(leaves)):
+        # worked from the definition: whole levels give their codeword, a partial one the mean of the codewords left
+        left, low, point = int(leaves.bits[leaf]), int(leaves.lowest[leaf]), np.zeros(5)
+        for level, bits in enumerate(layout.bits):
+            if left <= 0:
+                break
+            code = (low >> layout.shifts[level]) & ((1 << bits) - 1)
+            group = np.arange(code, code + (1 << max(bits - left, 0)))
+            weights = frequencies[level][group]
+            point += (weights[:, None] * codebooks[level][group]).sum(axis=0) / weights.sum()
+            partial += len(group) > 1
+            left -= bits
+        for query, score in zip(queries, scores[:, leaf], strict=True):
+            expected = float(((query - point) ** 2).sum() - query @ query)
+            assert score == pytest.approx(expected, rel=1e-4, abs=1e-3)
+            assert scorer.distances(query, scores[:1, leaf], "l2")[0] == pytest.approx(
+                np.sqrt(max(float(scores[0, leaf] + query @ query), 0)), rel=1e-4, abs=1e-3
+            )
+    assert partial, "some leaf must end inside a level, or this test shows nothing"
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+def test_whole_ids_as_leaves_score_like_decoded_vectors(metric):
+    rng = np.random.default_rng(2)
+    layout = CodeLayout((8, 8))
+    codebooks = [rng.standard_normal((8, 6), dtype=np.float32) for _ in range(2)]
+    codes = random_codes(layout, 200, 3)
+    order = np.argsort(pack(codes, layout), kind="stable")
+    sids = pack(codes, layout)[order]
+    leaves = make_leaves(sids, layout, 1)  # as deep as it goes
+    scorer = additive_scorer(leaves, codebooks, sids, metric)
+    query = rng.standard_normal((1, 6), dtype=np.float32)
+    query /= np.sqrt((query**2).sum())
+    decoded = (codebooks[0][codes[:, 0]] + codebooks[1][codes[:, 1]])[order][leaves.starts[:-1]]
+    expected = -decoded @ query[0] if metric == "ip" else ((decoded - query) ** 2).sum(axis=1) - 1
+    whole = leaves.bits == layout.sid_bits
+    assert whole.sum() > 5
+    np.testing.assert_allclose(scorer.scores(scorer.table(query))[0][whole], expected[whole], rtol=1e-4, atol=1e-4)
+
+
+def test_centroids_stand_in_where_codewords_do_not_add_up():
+    rng = np.random.default_rng(4)
+    layout = CodeLayout((4, 4))
+    sids = np.sort(pack(random_codes(layout, 100, 5), layout))
+    points = rng.standard_normal((100, 3), dtype=np.float32)
+    leaves = make_leaves(sids, layout, 10)
+    scorer = centroid_scorer(leaves, lambda positions: points[positions], "l2")
+    centroids = np.array([points[a:b].mean(axis=0) for a, b in zip(leaves.starts[:-1], leaves.starts[1:], strict=True)])
+    query = rng.standard_normal((1, 3), dtype=np.float32)
+    expected = ((centroids - query) ** 2).sum(axis=1) - (query**2).sum()
+    np.testing.assert_allclose(scorer.scores(scorer.table(query))[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def scored():
+    rng = np.random.default_rng(6)
+    layout = CodeLayout((16, 16))
+    codebooks = [rng.standard_normal((16, 4), dtype=np.float32) for _ in range(2)]
+    sids = np.sort(pack(random_codes(layout, 3_000, 7, skew=2.0), layout))
+    leaves = make_leaves(sids, layout, 40)
+    scorer = additive_scorer(leaves, codebooks, sids, "l2")
+    queries = rng.standard_normal((150, 4), dtype=np.float32)
+    return leaves, scorer, queries, scorer.scores(scorer.table(queries))
+
+
+def by_hand(scores, sizes, goal, least):
+    """Open the best leaves, one by one, until both conditions hold."""
+    opened, held = [], 0
+    for leaf in np.argsort(scores, kind="stable"):
+        if not sizes[leaf]:
+            continue
+        if held >= min(goal, sizes.sum()) and len(opened) >= least:
+            break
+        opened.append(int(leaf))
+        held += int(sizes[leaf])
+    return opened, held
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("at_least", "budget", "probes"), [(10, 200, None), (1, 1, None), (10, 0, 7), (900, 0, 2), (5_000, 10, None)]
+)
+def test_the_best_leaves_are_opened_until_there_are_enough_items(scored, at_least, budget, probes, threads):
+    leaves, scorer, queries, scores = scored
+    found = choose_probes(
+        scorer, queries, leaves.sizes, at_least=at_least, budget=budget, probes=probes, threads=threads
+    )
+    for i in range(len(queries)):
+        opened, held = by_hand(scores[i], leaves.sizes, max(at_least, 0 if probes else budget), probes or 1)
+        assert found.leaves[i][: len(opened)].tolist() == opened
+        assert (found.leaves[i][len(opened) :] == -1).all()
+        assert found.candidates[i] == held
+        assert found.counts[i] == len(opened)
+
+
+def test_leaves_without_allowed_items_are_never_opened(scored):
+    leaves, scorer, queries, scores = scored
+    allowed = leaves.sizes * (np.arange(len(leaves)) % 3 == 0)
+    found = choose_probes(scorer, queries, allowed, at_least=10, budget=100, probes=None)
+    for i in range(len(queries)):
+        opened, held = by_hand(scores[i], allowed, 100, 1)
+        assert found.leaves[i][: len(opened)].tolist() == opened
+        assert found.candidates[i] == held
+
+
+def test_codes_without_hierarchy_are_one_leaf():
+    layout = CodeLayout((16, 16))
+    leaves = whole_index(50, layout)
+    assert leaves.sizes.tolist() == [50]
+    assert leaves.text(0) == "*"
