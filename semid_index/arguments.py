@@ -130,17 +130,6 @@ def read_item_ids(ids: Path | None, column: str | None, metadata: pa.Table | Non
     return read_ids(vectors, column=column)
 
 
-def read_query(vector: str | None, text: str | None, demo_query: str | None) -> Any:
-    """The vector, or vectors, to search for, from the one of these that is given."""
-    if vector is not None:
-        return read_query_vectors(vector)
-    if text is not None:
-        return embed(text)
-    from semid_index.demo import load_sample
-
-    return load_sample().query(demo_query or "")
-
-
 def read_query_vectors(spec: str) -> Any:
     """``FILE`` for all its rows, ``FILE:ROW`` for one. A .npy file may hold a single vector, too."""
     import numpy as np

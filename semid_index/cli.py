@@ -19,11 +19,12 @@ from semid_index.arguments import (
     as_id,
     bars,
     complete_or_nothing,
+    embed,
     parse_options,
     parse_params,
     parse_sizes,
     read_item_ids,
-    read_query,
+    read_query_vectors,
     read_table,
 )
 from semid_index.errors import SemidError
@@ -475,7 +476,18 @@ def doctor(format: OutputFormat = None) -> None:
         raise typer.Exit(1)
 
 
-# -- views ------------------------------------------------------------------------------------------------------------
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def read_query(vector: str | None, text: str | None, demo_query: str | None) -> Any:
+    """The vector, or vectors, to search for, from the one of these that is given."""
+    if vector is not None:
+        return read_query_vectors(vector)
+    if text is not None:
+        return embed(text)
+    from semid_index.demo import load_sample
+
+    return load_sample().query(demo_query or "")
 
 
 def hits_table(index: SemanticIndex, result: Any) -> pa.Table:

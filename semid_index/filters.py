@@ -25,7 +25,7 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -220,8 +220,8 @@ def _parse(where: str) -> Node:
     _scan(where)
     parser = _parser(os.getpid())
     statement = parser.select(where)
-    node: Node = statement.pop("where_clause")
-    if statement != parser.plain:
+    node: Node | None = statement.pop("where_clause", None)
+    if node is None or statement != parser.plain:
         raise FilterError(f"A filter is one expression, without further clauses. {ALLOWED}")
     return node
 
@@ -420,7 +420,7 @@ class _Writer:
             raise FilterError(f"'{name}' is not allowed with a schema in a filter: write the function's name alone.")
         if node["distinct"] or node["filter"] or node["order_bys"]["orders"] or node["export_state"]:
             raise _refused(f"DISTINCT, FILTER or ORDER BY in {name}(..)")
-        arguments = list(_arguments(node))
+        arguments = _arguments(node)
         if name in _LIKES:
             return self._like(_LIKES[name], arguments)
         if node["is_operator"]:
@@ -527,15 +527,9 @@ def _unknown(kind: str, name: str, known: Collection[str]) -> FilterError:
 # --- the shapes of DuckDB 1.5 and 2, made alike ----------------------------------------------------------------------
 
 
-def _arguments(node: Node) -> Iterator[Node]:
-    """The arguments of a function; 2.0 wraps each, with a name if it has one."""
-    if "arguments" not in node:
-        yield from node["children"]  # a name is the child's alias, which expression() refuses
-        return
-    for argument in node["arguments"]:
-        if argument["name"]:
-            raise _refused(f"The named argument '{argument['name']}'")
-        yield argument["expression"]
+def _arguments(node: Node) -> list[Node]:
+    """The arguments of a function. A named one has its name as alias, too, which ``expression`` refuses."""
+    return [argument["expression"] for argument in node["arguments"]] if "arguments" in node else node["children"]
 
 
 def _qualifiers(node: Node) -> set[str]:

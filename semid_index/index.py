@@ -301,7 +301,8 @@ class SemanticIndex:
     def get(self, ids: Any, *, vectors: bool = False) -> pa.Table:
         """The items with these ids, in this order: id, semantic_id and metadata; with their stored vectors if asked.
 
-        Ids that the index does not have are left out.
+        Ids that the index does not have are left out. So is metadata named ``semantic_id`` (or ``vector``, if vectors
+        are asked for), which would be there twice; it is in the SQL table ``items``.
         """
         import pyarrow as pa
 
@@ -311,6 +312,7 @@ class SemanticIndex:
             wanted = pa.array([], pa.int64() if self._store.id_type != "str" else pa.string())
         table = self._store.items(wanted)
         if vectors:
+            table = table.drop_columns([name for name in table.column_names if name == "vector"])
             table = table.append_column("vector", self._stored_vectors(table["id"].combine_chunks()))
         return table
 

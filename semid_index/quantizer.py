@@ -11,8 +11,9 @@ A quantizer turns vectors into short tuples of small integers, and back, approxi
   state and then decodes the same vectors; so a name, once used, keeps its meaning.
 - ``hierarchical`` says whether a prefix of the codes is a coarser description of the same item. Only then do
   prefixes, shelves and leaves exist.
-- A quantizer with ``codebooks`` is *additive*: its decoded vector is the sum of one codeword per level. Search needs
-  nothing else to score prefixes by look-up tables. One without is searched through decoded vectors.
+- A quantizer that learns arrays named ``codebook_1`` to ``codebook_L``, of shape (K, dim), is *additive*: its decoded
+  vector is the sum of one codeword per level. Search needs nothing else to score prefixes by look-up tables. One
+  without is searched through decoded vectors.
 
 The suite ``semid_index.testing.QuantizerContract`` checks all of this; run it over your own.
 
@@ -28,6 +29,8 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from semid_index.errors import NotTrainedError
 
 Vectors = NDArray[np.float32]  # (n, dim), C-contiguous
 Codes = NDArray[np.int32]  # (n, levels)
@@ -46,22 +49,15 @@ class Quantizer(ABC):
     on_progress: ProgressCallback | None = None
     """Set by the caller of ``fit`` who wants to hear how far it is."""
 
-    codebooks: list[Vectors] | None = None
-    """For an additive quantizer, once trained: one array of shape (K, dim) per level."""
+    codebook_sizes: tuple[int, ...] = ()
+    """How many codewords each level has, coarsest first; set by the constructor, or by ``fit`` if it takes training."""
 
-    @property
-    @abstractmethod
-    def levels(self) -> int:
-        """The number of codes that one vector gets."""
-
-    @property
-    @abstractmethod
-    def codebook_sizes(self) -> tuple[int, ...]:
-        """How many codewords each level has, coarsest first."""
+    learned: Mapping[str, NDArray[Any]] | None = None
+    """What ``fit`` learned, as named arrays; None before. This is what an index stores."""
 
     @abstractmethod
     def fit(self, vectors: Vectors, *, seed: int = 0) -> Self:
-        """Learn from vectors of shape (n, dim); returns itself."""
+        """Learn from vectors of shape (n, dim), keep it in ``learned``, and return itself."""
 
     @abstractmethod
     def encode(self, vectors: Vectors, *, beam: int = 1) -> Codes:
@@ -71,18 +67,37 @@ class Quantizer(ABC):
     def decode(self, codes: Codes) -> Vectors:
         """The vector that each row of codes stands for: (n, levels) in, (n, dim) float32 out."""
 
-    @abstractmethod
-    def get_config(self) -> dict[str, Any]:
-        """What the constructor needs, as JSON values."""
+    @property
+    def levels(self) -> int:
+        """The number of codes that one vector gets."""
+        return len(self.codebook_sizes)
 
-    @abstractmethod
+    @property
+    def codebooks(self) -> list[Vectors] | None:
+        """The learned arrays named ``codebook_1`` and on, (K, dim) each; None if there are none: not additive."""
+        if self.learned is None or "codebook_1" not in self.learned:
+            return None
+        return [self.learned[f"codebook_{level}"] for level in range(1, self.levels + 1)]
+
+    def get_config(self) -> dict[str, Any]:
+        """What the constructor needs, as JSON values; override it if that is more than the shape of the codes."""
+        sizes = list(self.codebook_sizes)
+        return {"levels": self.levels, "codebook_size": sizes[0] if len(set(sizes)) == 1 else sizes}
+
     def state(self) -> dict[str, NDArray[Any]]:
-        """What ``fit`` learned, as named arrays. Codebook l is named ``codebook_l``, l from 1."""
+        """What ``fit`` learned. Raises :class:`NotTrainedError` before."""
+        if self.learned is None:
+            raise NotTrainedError(
+                f"The quantizer '{self.name}' is not trained. Call fit (or index.train) with vectors first."
+            )
+        return dict(self.learned)
 
     @classmethod
-    @abstractmethod
     def restore(cls, config: Mapping[str, Any], state: Mapping[str, NDArray[Any]]) -> Self:
         """The quantizer that had this configuration and state."""
+        quantizer = cls(**config)
+        quantizer.learned = dict(state)
+        return quantizer
 
     def report_progress(self, done: int, total: int, what: str) -> None:
         """Tell the caller of ``fit`` how far it is, if they asked."""

@@ -254,10 +254,12 @@ class ArraySource(VectorSource):
         self.description = description
 
     def batches(self, size: int) -> Iterator[Vectors]:
+        """See :class:`VectorSource`."""
         for start in self._starts(size):
             yield self._read(slice(start, start + size))
 
     def sample(self, n: int, *, seed: int) -> Vectors:
+        """See :class:`VectorSource`."""
         return self._read(slice(None) if n >= self.rows else self._sample_rows(n, seed))
 
     def _read(self, rows: Rows) -> Vectors:
@@ -302,6 +304,7 @@ class ArrowSource(VectorSource):
             )
 
     def batches(self, size: int) -> Iterator[Vectors]:
+        """See :class:`VectorSource`."""
         self._starts(size)  # checks the size
         parts: list[NDArray[Any]] = []
         seen = held = 0
@@ -332,6 +335,7 @@ class Hdf5Source(VectorSource):
             self.rows, self.dim = dataset.shape
 
     def batches(self, size: int) -> Iterator[Vectors]:
+        """See :class:`VectorSource`."""
         with self._dataset() as dataset:
             if dataset.shape != (self.rows, self.dim):
                 raise _changed(self.description)

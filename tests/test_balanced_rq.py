@@ -189,7 +189,7 @@ def test_identical_points_fill_the_nearest_codewords_in_few_rounds(monkeypatch: 
     codebook = uneven_mixture(256, dim=6, seed=1)
     points = np.tile(np.float32(0.1), (2000, 6))
     codes, wanted = assign_with_room(points, codebook, np.full(256, 20))
-    assert 6 * 2000 < sum(rounds) <= 7 * 2000
+    assert 3 * 2000 < sum(rounds) <= 4 * 2000  # where filling 100 codewords one by one takes 50 * 2,000
     nearest_hundred = np.argsort(squared_distances(points[:1], codebook)[0])[:100]
     expected = np.zeros(256, dtype=int)
     expected[nearest_hundred] = 20

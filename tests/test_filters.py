@@ -879,6 +879,7 @@ def test_refuses_everything_else(where):
         ("section = (SELECT 1)", "A sub-query is not allowed in a filter. Allowed are columns"),
         ("tags[1] = 1", "An index [..] is not allowed"),
         ("section = = 1", "syntax error"),
+        ("section = 1;", "without ';'"),
         ("section = 1 order by 1", "(character 13)"),
         ("section) = 1", "')' too many at character 8"),
         ("items.section = 1", "'items.section' is not allowed in a filter: write a column's name alone."),
@@ -898,6 +899,30 @@ def test_says_what_is_wrong(where, message):
     with pytest.raises(FilterError) as caught:
         check_filter(where, None, ["section"])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "clause",
+    [
+        "UNION SELECT (1",
+        "UNION ALL SELECT (1",
+        "ORDER BY (1",
+        "GROUP BY (n",
+        "HAVING (true",
+        "QUALIFY (true",
+        "LIMIT (1",
+        "; SELECT (1",
+        "; DROP TABLE items; SELECT (1",
+        "AND n = (SELECT 1",
+    ],
+)
+def test_safety_does_not_depend_on_the_look_at_the_text(monkeypatch, clause):
+    """The brackets are counted for speed and clear messages; what gets past that is refused for its tree."""
+    monkeypatch.setattr(filters, "_scan", lambda where: None)
+    with pytest.raises(FilterError):
+        check_filter(f"n = 1) {clause}", None, COLUMNS)
+    # Where it is one expression after all, it comes out as one, in brackets of its own.
+    assert check_filter("n = 1) OR (n = 2", None, COLUMNS).sql == '(("n" = 1) OR ("n" = 2))'
 
 
 @pytest.mark.parametrize("where", [None, 3, b"n = 1", ["n = 1"], True])
@@ -932,6 +957,7 @@ def test_a_deep_stack_of_the_caller_is_no_crash():
         ("n = ?", [], "expected: 1 (? or $1 ..); given: 0"),
         ("n = ?", [1, 2], "expected: 1 (? or $1 ..); given: 2"),
         ("n = 1", [1], "expected: 0 (? or $1 ..); given: 1"),
+        ("n = $0", [1], "'$0' is not allowed"),
         ("n = $3", [1, 2, 3], "uses $3 but not all numbers below"),
         ("n = $1 or n = $3", [1, 2, 3], "uses $1, $3 but not all"),
         ("n = $a", {}, "expected: 1 ($a); given: 0 (none)"),

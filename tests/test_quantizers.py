@@ -95,15 +95,19 @@ class Reversed(ResidualKMeans):
 
     def fit(self, vectors, *, seed=0):
         super().fit(vectors, seed=seed)
-        self.codebooks = self.codebooks[::-1]
+        self._turn()
         return self
 
     def encode(self, vectors, *, beam=1):
-        self.codebooks = self._trained()[::-1]
+        self._turn()
         try:
             return super().encode(vectors)[:, ::-1]
         finally:
-            self.codebooks = self.codebooks[::-1]
+            self._turn()
+
+    def _turn(self):
+        names = [f"codebook_{level}" for level in range(1, self.levels + 1)]
+        self.learned = dict(zip(names, [self.state()[name] for name in reversed(names)], strict=True))
 
 
 class Unseeded(ResidualKMeans):
@@ -226,7 +230,10 @@ def test_assert_raises_tells_errors_apart():
 
 def test_near_ties_are_no_difference_and_others_are():
     quantizer = ResidualKMeans(levels=2, codebook_size=2)
-    quantizer.codebooks = [np.array([[-1.0], [1]], dtype=np.float32), np.array([[-0.5], [0.5]], dtype=np.float32)]
+    quantizer.learned = {
+        "codebook_1": np.array([[-1.0], [1]], dtype=np.float32),
+        "codebook_2": np.array([[-0.5], [0.5]], dtype=np.float32),
+    }
     halfway, codes, others = np.zeros((1, 1), dtype=np.float32), np.array([[0, 1]]), np.array([[1, 0]])
     assert_same_codes(quantizer, halfway, codes, others)
     with pytest.raises(AssertionError, match="squared errors"):
@@ -455,7 +462,7 @@ def test_sq_restored_range_is_exact(quantizer_class):
     vectors = _gaussian(50, 2_048) * np.exp(np.linspace(-30, 30, 2_048)).astype(np.float32)
     quantizer = quantizer_class().fit(vectors)
     restored = quantizer_class.restore(quantizer.get_config(), quantizer.state())
-    width = (restored.step * np.float32(restored.steps - 1)).astype(np.float32)
+    width = (restored.state()["step"] * np.float32(restored.steps - 1)).astype(np.float32)
     assert np.array_equal(width, np.ptp(vectors, axis=0))
 
 

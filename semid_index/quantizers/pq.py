@@ -11,14 +11,13 @@ vector is the sum of one codeword per level, and the look-up tables of search wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from semid_index.errors import InvalidArgumentError, InvalidVectorsError, NotTrainedError
+from semid_index.errors import InvalidArgumentError, InvalidVectorsError
 from semid_index.hookspecs import hookimpl
 from semid_index.quantizer import Codes, Quantizer, Vectors
 from semid_index.quantizers.kmeans import import_faiss, kmeans
@@ -48,36 +47,25 @@ class ProductQuantization(Quantizer):
             )
         if not isinstance(iterations, int) or iterations < 1:
             raise InvalidArgumentError(f"iterations must be at least 1, not {iterations!r}.")
-        self._sizes = sizes
+        self.codebook_sizes = sizes
         self.iterations = iterations
-        self.codebooks: list[Vectors] | None = None
-
-    @property
-    def levels(self) -> int:
-        """The number of sub-vectors, and of codes that one vector gets."""
-        return len(self._sizes)
-
-    @property
-    def codebook_sizes(self) -> tuple[int, ...]:
-        """How many codewords each sub-vector has."""
-        return self._sizes
 
     def fit(self, vectors: Vectors, *, seed: int = 0) -> Self:
         """Learn the codebook of each sub-vector by k-means."""
         vectors = as_vectors(vectors, what="training vectors")
-        if len(vectors) < self._sizes[0]:
+        if len(vectors) < self.codebook_sizes[0]:
             raise InvalidVectorsError(
-                f"Training needs at least as many vectors as the codebooks have words: {self._sizes[0]}, "
+                f"Training needs at least as many vectors as the codebooks have words: {self.codebook_sizes[0]}, "
                 f"got n_samples = {len(vectors)}. Give more vectors or a smaller codebook_size."
             )
         dim = vectors.shape[1]
         self._check_divides(dim)
-        codebooks = []
-        for columns, words in zip(self._columns(dim), self._train(vectors, seed), strict=True):
+        learned: dict[str, Vectors] = {}
+        for level, (columns, words) in enumerate(zip(self._columns(dim), self._train(vectors, seed), strict=True), 1):
             codebook = np.zeros((len(words), dim), dtype=np.float32)
             codebook[:, columns] = words
-            codebooks.append(codebook)
-        self.codebooks = codebooks
+            learned[f"codebook_{level}"] = codebook
+        self.learned = learned
         return self
 
     def _train(self, vectors: Vectors, seed: int) -> list[Vectors]:
@@ -91,7 +79,7 @@ class ProductQuantization(Quantizer):
 
         def train(level: int, columns: slice) -> Vectors:
             part = np.ascontiguousarray(vectors[:, columns])
-            return kmeans(part, self._sizes[level], seed=seed + level, iterations=self.iterations)
+            return kmeans(part, self.codebook_sizes[level], seed=seed + level, iterations=self.iterations)
 
         columns = self._columns(vectors.shape[1])
         trained: list[Vectors] = []
@@ -112,7 +100,7 @@ class ProductQuantization(Quantizer):
         dim = codebooks[0].shape[1]
         vectors = as_vectors(vectors, dim=dim)
         faiss = import_faiss()
-        bits = self._sizes[0].bit_length() - 1
+        bits = self.codebook_sizes[0].bit_length() - 1
         encoder = faiss.ProductQuantizer(dim, self.levels, bits)
         words = [codebook[:, columns] for codebook, columns in zip(codebooks, self._columns(dim), strict=True)]
         faiss.copy_array_to_vector(np.concatenate(words, axis=None), encoder.centroids)
@@ -130,21 +118,7 @@ class ProductQuantization(Quantizer):
 
     def get_config(self) -> dict[str, Any]:
         """What the constructor needs, as JSON values."""
-        return {"levels": self.levels, "codebook_size": self._sizes[0], "iterations": self.iterations}
-
-    def state(self) -> dict[str, NDArray[Any]]:
-        """The codebooks, ``codebook_1`` (of the first sub-vector) and on."""
-        return {f"codebook_{level}": codebook for level, codebook in enumerate(self._trained(), 1)}
-
-    @classmethod
-    def restore(cls, config: Mapping[str, Any], state: Mapping[str, NDArray[Any]]) -> Self:
-        """The quantizer that had this configuration and these codebooks."""
-        quantizer = cls(**config)
-        quantizer.codebooks = [
-            np.ascontiguousarray(state[f"codebook_{level}"], dtype=np.float32)
-            for level in range(1, quantizer.levels + 1)
-        ]
-        return quantizer
+        return {**super().get_config(), "iterations": self.iterations}
 
     def _columns(self, dim: int) -> list[slice]:
         """The columns of each sub-vector."""
@@ -161,11 +135,8 @@ class ProductQuantization(Quantizer):
             )
 
     def _trained(self) -> list[Vectors]:
-        if self.codebooks is None:
-            raise NotTrainedError(
-                f"The quantizer '{self.name}' is not trained. Call fit (or index.train) with vectors first."
-            )
-        return self.codebooks
+        state = self.state()
+        return [state[f"codebook_{level}"] for level in range(1, self.levels + 1)]
 
 
 @hookimpl

@@ -13,14 +13,14 @@ first bits is a compact region, which is what search leaves are made of.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from semid_index.codes import CodeLayout
-from semid_index.errors import InvalidArgumentError, InvalidVectorsError, NotTrainedError
+from semid_index.errors import InvalidArgumentError, InvalidVectorsError
 from semid_index.hookspecs import hookimpl
 from semid_index.quantizer import Codes, Quantizer, Vectors
 from semid_index.quantizers.kmeans import kmeans, nearest
@@ -56,32 +56,21 @@ class ResidualKMeans(Quantizer):
     name: ClassVar[str] = "rq"
 
     def __init__(self, levels: int = 4, codebook_size: int | Sequence[int] = 256, *, iterations: int = 20) -> None:
-        self._sizes = sizes_per_level(levels, codebook_size)
+        self.codebook_sizes = sizes_per_level(levels, codebook_size)
         if not isinstance(iterations, int) or iterations < 1:
             raise InvalidArgumentError(f"iterations must be at least 1, not {iterations!r}.")
         self.iterations = iterations
-        self.codebooks: list[Vectors] | None = None
-
-    @property
-    def levels(self) -> int:
-        """The number of codes that one vector gets."""
-        return len(self._sizes)
-
-    @property
-    def codebook_sizes(self) -> tuple[int, ...]:
-        """How many codewords each level has, coarsest first."""
-        return self._sizes
 
     def fit(self, vectors: Vectors, *, seed: int = 0) -> Self:
         """Learn one codebook after the other, each on what the ones before it leave over."""
         residuals = as_vectors(vectors, what="training vectors").copy()
-        if len(residuals) < max(self._sizes):
+        if len(residuals) < max(self.codebook_sizes):
             raise InvalidVectorsError(
-                f"Training needs at least as many vectors as the largest codebook has words: {max(self._sizes)}, "
-                f"got n_samples = {len(residuals)}. Give more vectors or a smaller codebook_size."
+                "Training needs at least as many vectors as the largest codebook has words: "
+                f"{max(self.codebook_sizes)}, got n_samples = {len(residuals)}. Give more vectors or a smaller codebook_size."
             )
-        codebooks: list[Vectors] = []
-        for level, size in enumerate(self._sizes):
+        learned: dict[str, Vectors] = {}
+        for level, size in enumerate(self.codebook_sizes):
             what = f"level {level + 1} of {self.levels}, {size} codewords"
 
             def report(done: int, total: int, level: int = level, what: str = what) -> None:
@@ -89,9 +78,9 @@ class ResidualKMeans(Quantizer):
 
             codebook = self._train_level(residuals, size, seed + level, report)
             codebook = codebook[bisection_order(codebook)]
-            codebooks.append(codebook)
+            learned[f"codebook_{level + 1}"] = codebook
             residuals -= codebook[nearest(residuals, codebook)]
-        self.codebooks = codebooks
+        self.learned = learned
         return self
 
     def _train_level(self, residuals: Vectors, size: int, seed: int, report: Callable[[int, int], None]) -> Vectors:
@@ -124,28 +113,11 @@ class ResidualKMeans(Quantizer):
 
     def get_config(self) -> dict[str, Any]:
         """What the constructor needs, as JSON values."""
-        return {"levels": self.levels, "codebook_size": list(self._sizes), "iterations": self.iterations}
-
-    def state(self) -> dict[str, NDArray[Any]]:
-        """The codebooks, ``codebook_1`` (the coarsest) and on."""
-        return {f"codebook_{level}": codebook for level, codebook in enumerate(self._trained(), 1)}
-
-    @classmethod
-    def restore(cls, config: Mapping[str, Any], state: Mapping[str, NDArray[Any]]) -> Self:
-        """The quantizer that had this configuration and these codebooks."""
-        quantizer = cls(**config)
-        quantizer.codebooks = [
-            np.ascontiguousarray(state[f"codebook_{level}"], dtype=np.float32)
-            for level in range(1, quantizer.levels + 1)
-        ]
-        return quantizer
+        return {**super().get_config(), "iterations": self.iterations}
 
     def _trained(self) -> list[Vectors]:
-        if self.codebooks is None:
-            raise NotTrainedError(
-                f"The quantizer '{self.name}' is not trained. Call fit (or index.train) with vectors first."
-            )
-        return self.codebooks
+        state = self.state()
+        return [state[f"codebook_{level}"] for level in range(1, self.levels + 1)]
 
 
 def bisection_order(codebook: Vectors) -> NDArray[np.int64]:

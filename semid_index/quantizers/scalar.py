@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from semid_index.errors import InvalidArgumentError, InvalidVectorsError, NotTrainedError
+from semid_index.errors import InvalidArgumentError, InvalidVectorsError
 from semid_index.hookspecs import hookimpl
 from semid_index.quantizer import Codes, Quantizer, Vectors
 from semid_index.vectors import as_vectors
@@ -41,20 +41,6 @@ class ScalarQuantization(Quantizer):
                 "'%s' has one level per dimension with %d codes each; levels=%r and codebook_size=%r do not apply.",
                 *(self.name, self.steps, levels, codebook_size),
             )
-        self.minimum: NDArray[np.float32] | None = None
-        """The value that code 0 begins at, (dim,)."""
-        self.step: NDArray[np.float64] | None = None
-        """How far apart codes are, (dim,); 0 where all training vectors have the same value."""
-
-    @property
-    def levels(self) -> int:
-        """The number of dimensions, once trained."""
-        return 0 if self.minimum is None else len(self.minimum)
-
-    @property
-    def codebook_sizes(self) -> tuple[int, ...]:
-        """``steps`` for each dimension, once trained."""
-        return (self.steps,) * self.levels
 
     def fit(self, vectors: Vectors, *, seed: int = 0) -> Self:
         """Learn the range of each dimension. Nothing is random here: ``seed`` changes nothing."""
@@ -62,9 +48,11 @@ class ScalarQuantization(Quantizer):
         if not len(vectors):
             raise InvalidVectorsError("Training needs at least one vector, got n_samples = 0.")
         self.report_progress(0, 1, "ranges")
-        self.minimum = vectors.min(axis=0)
+        minimum = vectors.min(axis=0)
         # In float64, steps times their number is the range again to the last bit, which _scaled needs.
-        self.step = (vectors.max(axis=0) - self.minimum) / np.float64(self.steps - 1)
+        step = (vectors.max(axis=0) - minimum) / np.float64(self.steps - 1)
+        self.learned = {"minimum": minimum, "step": step}
+        self.codebook_sizes = (self.steps,) * len(minimum)
         self.report_progress(1, 1, "ranges")
         return self
 
@@ -101,25 +89,17 @@ class ScalarQuantization(Quantizer):
         """Nothing: the ranges, and so the levels, are learned."""
         return {}
 
-    def state(self) -> dict[str, NDArray[Any]]:
-        """``minimum`` (float32) and ``step`` (float64) of each dimension."""
-        minimum, step = self._trained()
-        return {"minimum": minimum, "step": step}
-
     @classmethod
     def restore(cls, config: Mapping[str, Any], state: Mapping[str, NDArray[Any]]) -> Self:
         """The quantizer that had these ranges."""
-        quantizer = cls(**config)
-        quantizer.minimum = np.asarray(state["minimum"], dtype=np.float32)
-        quantizer.step = np.asarray(state["step"], dtype=np.float64)
+        quantizer = super().restore(config, state)
+        quantizer.codebook_sizes = (cls.steps,) * len(state["minimum"])
         return quantizer
 
     def _trained(self) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        if self.minimum is None or self.step is None:
-            raise NotTrainedError(
-                f"The quantizer '{self.name}' is not trained. Call fit (or index.train) with vectors first."
-            )
-        return self.minimum, self.step
+        """The value that code 0 begins at and how far codes are apart (0 where training saw one value only)."""
+        state = self.state()
+        return state["minimum"], state["step"]
 
 
 class ScalarQuantization8(ScalarQuantization):
