@@ -88,14 +88,15 @@ def restore(store: Store, quantizer_class: type[Quantizer]) -> tuple[Quantizer, 
     config, damaged = store.config, f"{store.path} is damaged. Restore it from a copy, or build it again."
     try:
         quantizer = quantizer_class.restore(dict(config.quantizer_config), arrays)
+        quantizer.decode(np.empty((0, quantizer.levels), dtype=np.int32))  # looks at all that decoding needs
+        codewords = [codebook.shape for codebook in quantizer.codebooks or ()]
     except SemidError:
         raise
     except Exception as error:  # whatever a quantizer makes of arrays that are not its own
         raise CorruptIndexError(
             f"{damaged} (Its quantizer '{config.quantizer}' cannot be restored: {type(error).__name__}: {error})"
         ) from error
-    expected = [(size, config.dim) for size in store.layout.codebook_sizes]
-    if quantizer.codebooks is not None and [codebook.shape for codebook in quantizer.codebooks] != expected:
+    if codewords not in ([], [(size, config.dim) for size in store.layout.codebook_sizes]):
         raise CorruptIndexError(f"{damaged} (Codewords are missing.)")
     return quantizer, None if tail is None else Tail(tail)
 

@@ -327,7 +327,7 @@ class _Writer:
         if node["class"] not in self._writers:
             raise _refused_node(node)
         if node["alias"]:
-            raise _refused(f"The name '{node['alias']}' for a part of the expression")
+            raise _refused(f"The name '{_shown(node['alias'])}' for a part of the expression")
         if self._depth == MAX_DEPTH:
             raise _too_deep()
         self._depth += 1
@@ -384,7 +384,7 @@ class _Writer:
     def _column(self, node: Node) -> str:
         names: list[str] = node["column_names"]
         if len(names) != 1:
-            raise FilterError(f"'{'.'.join(names)}' is not allowed in a filter: write a column's name alone.")
+            raise FilterError(f"'{_shown('.'.join(names))}' is not allowed in a filter: write a column's name alone.")
         name = self._known.get(_fold(names[0]))
         if name is None:
             raise _unknown("column", names[0], self._known.values())
@@ -408,7 +408,7 @@ class _Writer:
             case "INTEGER" | "NUMERIC" if _NUMBER.fullmatch(text) and math.isfinite(float(text)):
                 return f"({text})" if text.startswith("-") else text
             case _:
-                raise _refused(f"The constant {text[:50]} ({kind.lower()})")
+                raise _refused(f"The constant {_shown(text)} ({kind.lower()})")
 
     def _function(self, node: Node) -> str:
         name: str = node["function_name"]
@@ -443,7 +443,7 @@ class _Writer:
         pattern = self._check_pattern(operator, arguments, 1, MAX_PATTERN_LENGTH)
         if pattern.rstrip("%").count("%") > MAX_WILDCARDS:
             raise FilterError(
-                f"{operator} {pattern[:50]!r}: at most {MAX_WILDCARDS} '%' are allowed besides those at the end, "
+                f"{operator} '{_shown(pattern)}': at most {MAX_WILDCARDS} '%' are allowed besides those at the end, "
                 "because more can take minutes for a single row. Use regexp_matches(text, pattern)."
             )
         tested, *others = (self.expression(argument) for argument in arguments)
@@ -521,7 +521,13 @@ def _unknown(kind: str, name: str, known: Collection[str]) -> FilterError:
     close = difflib.get_close_matches(_fold(name), folded, n=1)
     meant = f" Did you mean '{folded[close[0]]}'?" if close else ""
     listed = ", ".join(sorted(known)[:100]) or "none"
-    return FilterError(f"No {kind} '{name}' is allowed in a filter.{meant} There are: {listed}.")
+    return FilterError(f"No {kind} '{_shown(name)}' is allowed in a filter.{meant} There are: {listed}.")
+
+
+def _shown(text: str) -> str:
+    """A part of the text as a message can show it: short, and without newlines or other control characters."""
+    short = text if len(text) <= 60 else f"{text[:60]}..."
+    return short if short.isprintable() else ascii(short)[1:-1]
 
 
 # --- the shapes of DuckDB 1.5 and 2, made alike ----------------------------------------------------------------------
@@ -624,20 +630,22 @@ def _bound_values(params: Sequence[Any] | Mapping[str, Any] | None) -> dict[str,
                 f"Parameters need names that differ in more than case and are no numbers; got {', '.join(params)}."
             )
         return named
-    if isinstance(params, str | bytes) or not isinstance(params, Sequence | np.ndarray):
+    if not (_is_list(params) or isinstance(params, Sequence)) or isinstance(params, str | bytes | set | frozenset):
         raise FilterError(f"params is a list of values or a mapping of names to values, got {type(params).__name__}.")
     return {str(place): _bound(f"${place}", value) for place, value in enumerate(params, 1)}
 
 
 def _bound(name: str, value: Any) -> Any:
     """A value that DuckDB can bind: a scalar or a flat list of one kind."""
-    if not isinstance(value, _LISTS):
+    if not _is_list(value):
         return _bound_scalar(name, value)
     scalars = [_bound_scalar(name, each) for each in value]
     if None in scalars:
         raise FilterError(
             f"The list of parameter {name} has a None, which equals nothing: leave it out, and add OR .. IS NULL."
         )
+    if any(isinstance(each, float) and math.isnan(each) for each in scalars):  # NULL for DuckDB 1.5, in a list
+        raise FilterError(f"The list of parameter {name} has a NaN: leave it out, and add OR isnan(..).")
     kinds = {_kind(each) for each in scalars}
     if len(kinds) > 1:
         raise FilterError(
@@ -647,10 +655,10 @@ def _bound(name: str, value: Any) -> Any:
 
 
 def _bound_scalar(name: str, value: Any) -> Any:
-    if isinstance(value, np.datetime64):
-        value = value.astype("datetime64[us]")  # finer ones would become a plain number
-    if isinstance(value, np.generic):
-        value = value.item()
+    if isinstance(value, np.generic | np.ndarray):
+        if value.dtype.kind in "mM":
+            value = value.astype(f"{value.dtype.kind}8[us]")  # finer ones would become a plain number
+        value = value.item() if value.ndim == 0 else value
     if value is None or (isinstance(value, _SCALARS) and _fits(value)):
         return value
     raise FilterError(
@@ -667,6 +675,10 @@ def _fits(value: Any) -> bool:
     return _is_unicode(value) if isinstance(value, str) else True
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, _LISTS) and getattr(value, "ndim", 1) > 0
+
+
 def _kind(value: Any) -> str:
     return "numbers" if isinstance(value, int | float | Decimal) else type(value).__name__
 
@@ -675,7 +687,7 @@ def _parameter_name(name: Any) -> str:
     """A parameter's name in small letters, as DuckDB matches it. It goes into the text: only plain names do."""
     folded = _fold(name) if isinstance(name, str) else ""
     if not _PARAMETER_NAME.fullmatch(folded):
-        raise FilterError(f"{name!r} is no name for a parameter: use the letters a to z, digits and _.")
+        raise FilterError(f"'{_shown(str(name))}' is no name for a parameter: use the letters a to z, digits and _.")
     return folded
 
 
@@ -703,7 +715,7 @@ def _text_of_mapping(where: Mapping[str, Any]) -> tuple[str, list[Any]]:
     for name, wanted in where.items():
         if not isinstance(name, str):
             raise FilterError(f"The keys of a filter are names of columns, got {name!r}.")
-        tests = wanted if isinstance(wanted, Mapping) else {"in" if isinstance(wanted, _LISTS) else "=": wanted}
+        tests = wanted if isinstance(wanted, Mapping) else {"in" if _is_list(wanted) else "=": wanted}
         if not tests:
             raise FilterError(f"'{name}' has no condition: write a value, a list, None or {{'<': 3}}.")
         parts += [_condition(name, operator, value, values) for operator, value in tests.items()]
@@ -718,7 +730,7 @@ def _condition(name: str, operator: str, value: Any, values: list[Any]) -> str:
     if operator == "in":
         return _in_condition(name, value, values)
     if operator == "between":
-        if not isinstance(value, _LISTS) or len(value) != 2:
+        if not _is_list(value) or isinstance(value, set | frozenset) or len(value) != 2:
             raise FilterError(f"'{name}': between needs two values, such as [3, 7].")
         values.extend(value)
         return f"{column} BETWEEN ? AND ?"
@@ -731,7 +743,7 @@ def _condition(name: str, operator: str, value: Any, values: list[Any]) -> str:
 
 
 def _in_condition(name: str, wanted: Any, values: list[Any]) -> str:
-    if not isinstance(wanted, _LISTS):
+    if not _is_list(wanted):
         raise FilterError(f"'{name}': in needs a list, got {type(wanted).__name__}.")
     present = [value for value in wanted if value is not None]
     values.append(present)

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def _clustered(rows: int, dim: int, *, seed: int = 0) -> NDArray[np.float32]:
     """Points around 40 centres, which are the same for one seed however many points there are: (rows, dim)."""
     random = np.random.default_rng(seed)
-    centres = 10 * random.standard_normal((40, dim))
-    points = (centres[random.integers(40, size=rows)] + 2 * random.standard_normal((rows, dim))).astype(np.float32)
+    centres = 5 * random.standard_normal((40, dim))
+    points = (centres[random.integers(40, size=rows)] + 3 * random.standard_normal((rows, dim))).astype(np.float32)
     points.flags.writeable = False
     return points
 

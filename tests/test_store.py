@@ -1,9 +1,9 @@
-"""What is in the file: all of a write or nothing, every id and value as it was given, codes as plain Python unpacks them."""
+"""What is in the file: all of a write or nothing; ids and values as given; codes as plain Python packs them."""
 
 from __future__ import annotations
 
 import datetime
-import os
+import json
 import re
 import struct
 import threading
@@ -49,7 +49,7 @@ def index(index_file):
 # ---------------------------------------------------------------------------------------------- all or nothing
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818, it stands for whatever a callback may raise
     pass
 
 
@@ -139,11 +139,12 @@ def test_a_process_that_is_killed_leaves_what_it_had_finished(index_file, start_
 
 
 def test_threads_that_add_and_search_at_once(index, vectors):
-    added: list[list[int]] = []
+    added: list[int] = []
     wrong: list[object] = []
 
     def write() -> None:
-        added.extend(index.add(vectors[start : start + 20]).tolist() for start in range(0, 100, 20))
+        for start in range(0, 100, 20):
+            added.extend(index.add(vectors[start : start + 20]).tolist())
 
     def read() -> None:
         for row in range(30):
@@ -157,7 +158,7 @@ def test_threads_that_add_and_search_at_once(index, vectors):
     for thread in threads:
         thread.join()
     assert not wrong
-    assert sorted(sum(added, [])) == list(range(2_000, 2_200))
+    assert sorted(added) == list(range(2_000, 2_200))
     assert len(index) == 2_200
 
 
@@ -210,9 +211,24 @@ INT_IDS = {
     "generator": lambda: (n * n for n in range(5)),
 }
 STRING_IDS = [
-    "plain", "", " ", "it's", 'say "hi"', "a\0b", "\0", "a\0", "\n\t\\", "-- ; DROP TABLE items", "%_", "NULL", "12-153-*",
-    "\u00e9", "e\u0301", "\u202eright to left", "\U0001f600\U0001f469\u200d\U0001f52c", "\uffff", "\U0010ffff", "x" * 100_000,
-]  # fmt: skip
+    *(
+        "plain",
+        "",
+        " ",
+        "it's",
+        'say "hi"',
+        "a\0b",
+        "\0",
+        "a\0",
+        "\n\t\\",
+        "-- ; DROP TABLE items",
+        "%_",
+        "NULL",
+        "12-*",
+    ),
+    *("\u00e9", "e\u0301", "\u202eright to left", "\U0001f600\U0001f469\u200d\U0001f52c", "\uffff", "\U0010ffff"),
+    "x" * 100_000,
+]
 
 
 @pytest.mark.parametrize("kind", INT_IDS)
@@ -263,11 +279,7 @@ def test_numpy_and_arrow_text_as_ids(tmp_path, vectors):
             iter(["o", "p"]),
         ]
         added = [index.add(vectors[:2], ids) for ids in given]
-        assert added == [
-            ["a", "bcd"],
-            *(["ef"[i : i + 1] for i in (0, 1)],),
-            *(list("ghijklmnop")[i : i + 2] for i in range(0, 10, 2)),
-        ]
+        assert added == [["a", "bcd"], *map(list, ("ef", "gh", "ij", "kl", "mn", "op"))]
 
 
 def test_ids_that_are_not_given_are_numbered_from_the_largest_on(tmp_path, vectors):
@@ -400,7 +412,7 @@ def test_metadata_columns_may_have_any_name(index_file, vectors):
 
 
 def test_what_get_adds_goes_before_metadata_of_the_same_name(index, vectors):
-    index.add(vectors[:1], metadata={"semantic_id": ["mine"], "vector": ["mine"], "Vector": ["kept"]} | {})
+    index.add(vectors[:1], metadata={"semantic_id": ["mine"], "vector": ["mine"]})
     plain, whole = index.get([2_000]).to_pylist()[0], index.get([2_000], vectors=True).to_pylist()[0]
     codes = "-".join(map(str, index.encode(vectors[:1])[0]))
     assert (plain["semantic_id"], plain["vector"]) == (codes, "mine")
@@ -560,31 +572,31 @@ def test_the_file_has_the_format_that_both_duckdbs_read(trained_file):
 
 
 READ_WITH_PLAIN_DUCKDB = """
-import duckdb, json, sys
-connection = duckdb.connect(sys.argv[1], read_only=True)
-rows = connection.execute("SELECT id, semantic_id, c1, c2, c3, p2, word FROM semantic_ids JOIN items USING (id) ORDER BY id").fetchall()
-nearest = connection.execute("SELECT row FROM semid_vectors ORDER BY array_distance(v, (SELECT v FROM semid_vectors WHERE row = 7)) LIMIT 5")
+import json, sys
+file, *not_from = sys.argv[1:]
+sys.path = [folder for folder in sys.path if folder not in not_from]
+import duckdb
+
+connection = duckdb.connect(file, read_only=True)
+rows = connection.execute(
+    "SELECT id, semantic_id, c1, c2, c3, p2, word FROM semantic_ids JOIN items USING (id) ORDER BY id"
+)
+rows = rows.fetchall()
+nearest = connection.execute(
+    "SELECT row FROM semid_vectors ORDER BY array_distance(v, (SELECT v FROM semid_vectors WHERE row = 7)) LIMIT 5"
+)
 print(json.dumps([duckdb.__version__, rows, [row for (row,) in nearest.fetchall()]]))
 """
 
 
 def test_the_other_duckdb_reads_it(trained_file, run_python, vectors):
-    """In the run with DuckDB 2 that is DuckDB 1.5, and in the run with 1.5 it is 2."""
-    import json
-
-    if duckdb.__version__.startswith("1.5"):
-        other = run_python(
-            READ_WITH_PLAIN_DUCKDB.replace(
-                "import duckdb",
-                f"import sys; sys.path = [p for p in sys.path if p != {os.path.dirname(os.path.dirname(duckdb.__file__))!r}]; import duckdb",
-                1,
-            ),
-            trained_file,
-        )
-    else:
-        if not (OTHER_DUCKDB / "duckdb").is_dir():
-            pytest.skip(f"make test-duckdb-1.5 installs the other DuckDB into {OTHER_DUCKDB.name}, and it is not there")
+    """In the run with DuckDB 2 that is DuckDB 1.5, and in the run with 1.5 it is the one that is installed."""
+    if duckdb.__version__.startswith("1."):
+        other = run_python(READ_WITH_PLAIN_DUCKDB, trained_file, Path(duckdb.__file__).parent.parent)
+    elif (OTHER_DUCKDB / "duckdb").is_dir():
         other = run_python(READ_WITH_PLAIN_DUCKDB, trained_file, path=OTHER_DUCKDB)
+    else:
+        pytest.skip(f"'make test-duckdb-1.5' installs the other DuckDB into {OTHER_DUCKDB.name}, and it is not there")
     version, rows, nearest = json.loads(other)
     if version == duckdb.__version__:
         pytest.skip(f"there is only one DuckDB here, {version}")

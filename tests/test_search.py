@@ -1,0 +1,124 @@
+"""The steps of a search and what its trace says of them; hits themselves are compared in test_flow."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import semid_index as semid
+from semid_index.errors import SearchTimeoutError
+from semid_index.metrics import exact_search
+from semid_index.search import default_budget, default_leaf_size, default_rerank
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((60, 16)) * 2
+    return (centres[rng.integers(0, 60, 20_000)] + rng.standard_normal((20_000, 16))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def index(vectors, tmp_path_factory):
+    path = tmp_path_factory.mktemp("search") / "index.duckdb"
+    with semid.create(path, dim=16, levels=3, codebook_size=32) as index:
+        index.train(vectors)
+        index.add(vectors, metadata={"number": np.arange(len(vectors)), "parity": np.arange(len(vectors)) % 2})
+        yield index
+
+
+def recall(hits, truth) -> float:
+    return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(hits.ids, truth, strict=True)]))
+
+
+def test_more_probes_find_more_until_all_is_found(index, vectors):
+    queries = vectors[:200] + np.float32(0.1)
+    truth = exact_search(queries, vectors, 10, "l2")[0]
+    leaves = index.explain(queries[0]).leaves
+    found = [recall(index.search(queries, 10, probes=probes, rerank=400), truth) for probes in (1, 4, 16, leaves)]
+    assert found == sorted(found)
+    assert found[0] < 0.9
+    assert found[-1] > 0.999
+    assert recall(index.search(queries, 10), truth) > 0.95, "what the defaults promise"
+
+
+def test_the_trace_counts_what_was_done(index, vectors):
+    trace = index.explain(vectors[3], k=5, probes=7)
+    assert trace.probed == len(trace.probes) == 7
+    assert trace.candidates == sum(probe.items for probe in trace.probes)
+    assert trace.reranked == min(default_rerank(5), trace.candidates)
+    assert trace.distances == "exact"
+    assert trace.executor == "faiss-tail"
+    assert trace.matches is None
+    assert set(trace.seconds) == {"load", "lookup", "scan", "rerank", "ids", "total"}
+    assert trace.seconds["total"] >= sum(value for step, value in trace.seconds.items() if step != "total")
+    scores = [probe.score for probe in trace.probes]
+    assert scores == sorted(scores)
+    semantic_id = index.get([3])["semantic_id"][0].as_py()
+    best = trace.probes[0].prefix.removesuffix("-*")
+    assert semantic_id.split("-")[0] == best.split("-")[0], "a stored vector is nearest to its own leaf"
+
+
+def test_the_plan_of_a_filtered_search_goes_by_how_many_match(index, vectors):
+    few = index.explain(vectors[0], where="number < 100")
+    assert few.matches == few.reranked == 100
+    assert few.executor == "brute force"
+    assert "few (100)" in few.plan
+    half = index.explain(vectors[0], where="parity = 1")
+    assert half.matches == 10_000
+    assert default_budget(10_000) <= half.candidates < 10_000
+    assert "10,000 items" in half.plan
+    none = index.search(vectors[0], where="number < 0")
+    assert (len(none), none.trace.matches, none.trace.plan) == (0, 0, "no item can be a hit")
+
+
+def test_a_filtered_search_finds_k_even_where_matches_are_far_away(index, vectors):
+    far = np.argsort(-((vectors - vectors[0]) ** 2).sum(axis=1))[:6_000]
+    odd = np.flatnonzero(far % 2 == 1)
+    hits = index.search(vectors[0], k=5_000, where="parity = 1", probes=1)
+    assert len(hits) == 5_000
+    assert (hits.ids % 2 == 1).all()
+    assert len(odd)
+
+
+def test_searches_from_many_threads_do_not_mix(index, vectors):
+    """FAISS keeps the number of probes in the index, so this would fail without taking turns."""
+    queries = vectors[100:164]
+    options = [{"probes": probes, "k": k} for probes in (1, 3, 9, 30) for k in (1, 7)]
+    alone = [index.search(queries, **one) for one in options]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda one: index.search(queries, **one), options * 6))
+    for expected, got in zip(alone * 6, together, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(expected.ids, got.ids, strict=True))
+
+
+def test_threads_change_nothing_but_time(index, vectors):
+    one, two = (index.search(vectors[:300], threads=threads) for threads in (1, 2))
+    assert np.array_equal(np.array(one.ids), np.array(two.ids))
+
+
+def test_a_timeout_ends_a_search(index, vectors):
+    with pytest.raises(SearchTimeoutError, match="timeout of 1e-09 s"):
+        index.search(vectors[0], timeout=1e-9)
+    assert len(index.search(vectors[0], timeout=60)) == 10
+
+
+def test_results_unpack_and_convert(index, vectors):
+    ids, distances = index.search(vectors[5], k=4)
+    assert ids.tolist()[0] == 5
+    assert distances[0] == 0
+    batch = index.search(vectors[:3], k=4)
+    table = batch.to_arrow()
+    assert table["query"].to_pylist() == np.repeat([0, 1, 2], 4).tolist()
+    assert table["rank"].to_pylist() == [1, 2, 3, 4] * 3
+    assert table["semantic_id"].to_pylist() == np.concatenate(batch.semantic_ids).tolist()
+    assert batch.to_pandas()["id"].tolist() == np.concatenate(batch.ids).tolist()
+    assert np.array_equal(np.concatenate(batch.scores), -np.concatenate(batch.distances))
+
+
+@pytest.mark.parametrize(
+    ("items", "leaf", "budget"), [(100, 128, 4_096), (61_666, 248, 11_919), (943_363, 971, 46_620)]
+)
+def test_defaults_grow_with_the_square_root(items, leaf, budget):
+    assert default_leaf_size(items) == leaf
+    assert default_budget(items) == budget
