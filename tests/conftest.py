@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a worker for every core: more threads would only get in the way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # NumPy reads this once, when it is imported
+
 import shutil
 import subprocess
 import sys
@@ -14,9 +18,6 @@ import pytest
 from numpy.typing import NDArray
 
 pytest.register_assert_rewrite("semid_index.testing")
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # there is a worker for every core: more threads would only get in the way
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 

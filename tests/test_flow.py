@@ -1,6 +1,6 @@
 """From vectors to hits and back: every quantizer, metric and tier, in one process and the next, against brute force.
 
-The oracle is written out here in float64, apart from the package: what each tier keeps of a vector, and three distances.
+The oracle is written out here in float64, apart from the package: what a tier keeps of a vector, and three distances.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ def assert_nearest(metric: str, truth: Floats, result: SearchResult, k: int) -> 
 
 def share_found(truth: Floats, result: SearchResult, k: int) -> float:
     """Recall, by distance so that ties are fair."""
-    limits = np.sort(truth, axis=1)[:, k - 1] * (1 + 1e-6) + 1e-6
-    return float(
-        np.mean([(row[ids] <= limit).sum() / k for row, ids, limit in zip(truth, result.ids, limits, strict=True)])
-    )
+    limits = np.sort(truth, axis=1)[:, k - 1]
+    limits += 1e-6 * np.abs(limits) + 1e-6
+    found = [(row[ids] <= limit).sum() for row, ids, limit in zip(truth, result.ids, limits, strict=True)]
+    return float(np.mean(found)) / k
 
 
-# --------------------------------------------------------------------- every quantizer, metric and tier, across processes
+# ------------------------------------------------------------ every quantizer, metric and tier, across processes
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,12 @@ import numpy as np
 import semid_index as semid
 
 def search(index, queries):
-    found, exact, one = index.search(queries, k=10), index.search(queries, k=10, exact=True), index.search(queries[0], k=3)
+    found, exact = index.search(queries, k=10), index.search(queries, k=10, exact=True)
     return {
         "ids": np.stack(found.ids).tolist(),
         "distances": np.stack(found.distances).tolist(),
         "semantic_ids": np.stack(found.semantic_ids).tolist(),
         "exact": np.stack(exact.ids).tolist(),
-        "one": one.ids.tolist(),
         "codes": index.encode(queries).tolist(),
         "items": len(index),
         "config": [index.config.dim, index.config.metric, index.config.quantizer, index.config.vectors],
@@ -178,12 +177,13 @@ def case(request, cases) -> Case:
 
 
 def test_another_process_finds_the_same(case):
-    distances = case.there.pop("distances"), case.here["distances"]
-    np.testing.assert_allclose(*distances, rtol=1e-6, atol=1e-7)
-    assert case.there == {name: value for name, value in case.here.items() if name != "distances"}
+    np.testing.assert_allclose(case.there["distances"], case.here["distances"], rtol=1e-6, atol=1e-7)
+    same = {"semantic_ids", "codes", "items", "config"}
+    if case.tier != "none":  # decoded, items that share an ID are equally near, and which comes first is left to chance
+        same |= {"ids", "exact"}
+    assert {name: case.there[name] for name in same} == {name: case.here[name] for name in same}
     assert case.there["items"] == 2_000
     assert case.there["config"] == [DIM, case.metric, case.quantizer, case.tier]
-    case.there["distances"] = distances[0]
 
 
 def test_hits_have_their_true_distances_and_are_nearly_all(case, queries):
@@ -332,7 +332,7 @@ def test_shelves_and_prefixes_are_what_sql_counts(cases, vectors):
         assert 7 in table["id"].to_pylist()
 
 
-# --------------------------------------------------------------------------------------------------- special collections
+# ------------------------------------------------------------------------------------------------ special collections
 
 
 @pytest.fixture(params=QUANTIZERS)
@@ -407,7 +407,7 @@ def test_ids_longer_than_the_sid(tmp_path, vectors, queries):
 
 def test_capacity_holds_for_items_that_are_added_later(tmp_path, vectors):
     path = tmp_path / "x.duckdb"
-    options = {"quantizer": "balanced-rq", "levels": 2, "codebook_size": 16, "capacity": 1.25}
+    options = {"quantizer": "balanced-rq", "levels": 2, "codebook_size": 16, "capacity": 1.05}
     with semid.create(path, dim=DIM, **options) as index:
         index.train(vectors)
         index.add(vectors[:800], batch_size=300)
@@ -415,13 +415,13 @@ def test_capacity_holds_for_items_that_are_added_later(tmp_path, vectors):
         index.add(vectors[800:], batch_size=300)
         for level in ("c1", "c2"):
             counts = [n for (n,) in index.sql(f"SELECT count(*) FROM semantic_ids GROUP BY {level}").fetchall()]
-            assert max(counts) <= np.ceil(1.25 * 2_000 / 16)
+            assert max(counts) <= np.ceil(1.05 * 2_000 / 16)
             assert sum(counts) == 2_000
         natural = np.bincount(index.encode(vectors)[:, 0], minlength=16)
-        assert natural.max() > 1.25 * 2_000 / 16, "without the limit, some code would have more"
+        assert natural.max() > np.ceil(1.05 * 2_000 / 16), "without the limit, some code would have more"
 
 
-# -------------------------------------------------------------------------------------------- larger, so that leaves matter
+# ------------------------------------------------------------------------------------ larger, so that leaves matter
 
 
 @pytest.fixture(scope="module", params=METRICS)
@@ -461,10 +461,11 @@ def test_a_filter_that_many_items_fulfil(large):
 def test_probes_rerank_and_threads(large):
     metric, index, _, queries, truth = large
     opened = [index.search(queries, k=K, probes=probes) for probes in (1, 10, 10**6)]
-    assert [result.trace.probed for result in opened][:2] == [1, 10]
+    assert 1 <= opened[0].trace.probed < 1.5, "a leaf with fewer than k items is not enough for k hits"
+    assert opened[1].trace.probed == 10
     assert opened[2].trace.probed == opened[2].trace.leaves
     found = [share_found(truth, result, K) for result in opened]
-    assert found[0] < found[1] < found[2] >= FEWEST_FOUND
+    assert found[0] < found[1] < found[2] > 0.97
     for result in opened:
         assert_true_distances(metric, truth, result)
     assert_nearest(metric, truth, index.search(queries, k=K, probes=10**6, rerank=12_000), K)
@@ -473,7 +474,7 @@ def test_probes_rerank_and_threads(large):
 
 
 def test_the_trace_of_one_query_lists_its_leaves(large):
-    metric, index, vectors, queries, _ = large
+    _, index, _, queries, _ = large
     trace = index.explain(queries[0], k=K, probes=5)
     assert len(trace.probes) == trace.probed == 5
     assert sum(probe.items for probe in trace.probes) == trace.candidates
@@ -483,13 +484,13 @@ def test_the_trace_of_one_query_lists_its_leaves(large):
 
 
 def test_a_search_that_takes_too_long(large):
-    _, index, _, queries, truth = large
+    _, index, _, queries, _ = large
     with pytest.raises(SearchTimeoutError, match=r"timeout of 1e-09 s\. Allow more, or ask for fewer probes"):
         index.search(queries, timeout=1e-9)
     assert len(index.search(queries, k=K, timeout=60)) == len(queries)
 
 
-# ------------------------------------------------------------------------------------------------------ ways to give vectors
+# ----------------------------------------------------------------------------------------------- ways to give vectors
 
 
 def write_fvecs(path: Path, vectors: NDArray[np.float32]) -> None:
@@ -527,10 +528,8 @@ def test_vectors_straight_from_a_file(tmp_path, vectors, queries, kind):
     if kind in WRITERS:
         source = tmp_path / f"vectors.{kind}"
         WRITERS[kind](source, vectors)
-    with (
-        semid.create(dim=DIM, levels=3, codebook_size=16) as expected,
-        semid.create(dim=DIM, levels=3, codebook_size=16) as got,
-    ):
+    shape = {"dim": DIM, "levels": 3, "codebook_size": 16}
+    with semid.create(**shape) as expected, semid.create(**shape) as got:
         expected.train(vectors)
         got.train(source)
         expected.add(vectors)
