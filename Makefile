@@ -31,7 +31,7 @@ docs: $(STAMP)
 	$(BIN)/python docs/generate.py
 
 bench-tiny: $(STAMP)
-	$(BIN)/python -m benchmarks.run --tiny
+	$(BIN)/python -m benchmarks.main_job --tiny --rounds 1
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import time
 from collections.abc import Mapping, Sequence
 from threading import RLock
 from types import TracebackType
@@ -220,19 +219,18 @@ class SemanticIndex:
         default all cores. ``timeout``: seconds, after which :class:`SearchTimeoutError` is raised. Fewer than k hits
         come back only where fewer items exist.
         """
-        started = time.perf_counter()
         queries, single = as_queries(query, dim=self.config.dim)
         if not len(queries):
             raise InvalidVectorsError("There are no queries: the array has 0 rows. Give one or more.")
         self._check_usable(queries, "query")
         request = SearchRequest(queries, single, k, probes, rerank, exact, threads, timeout)
-        state = self._search_state()
-        allowed = None
-        if where is not None:
-            allowed = self._store.matching_rows(check_filter(where, params, self._store.filter_columns()))
-        elif params is not None:
-            raise InvalidArgumentError("params belong to a where expression, and there is none.")
-        return search(state, request, allowed, filter_seconds=time.perf_counter() - started)
+        if where is None:
+            if params is not None:
+                raise InvalidArgumentError("params belong to a where expression, and there is none.")
+            return search(self._search_state, request)
+        self._check_trained()
+        condition = check_filter(where, params, self._store.filter_columns())
+        return search(self._search_state, request, lambda: self._store.matching_rows(condition))
 
     def explain(self, query: Any, k: int = 10, **options: Any) -> SearchTrace:
         """Search for one query and tell how: the leaves opened, candidates, the time of each step."""
@@ -399,10 +397,15 @@ class SemanticIndex:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def _search_state(self) -> SearchState:
-        with self._lock:
+        """All that searching needs, of one moment. Searches go on with the last one while items are added."""
+        state = self._state
+        if state is not None:
+            return state
+        with self._lock:  # no items are added while everything is read
             if self._state is None:
                 self._check_trained()
-                self._state = SearchState(self._store, self._quantizer, self._tail, vectors_in=self._vectors_in)
+                state = SearchState(self._store, self._quantizer, self._tail, vectors_in=self._vectors_in)
+                self._state = state.prepare()
             return self._state
 
     def _check_trained(self) -> None:

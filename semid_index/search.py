@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from threading import RLock
 from typing import Any, Literal
 
 import numpy as np
@@ -78,7 +77,6 @@ class SearchState:
         self, store: Store, quantizer: Quantizer, tail: Tail | None, *, vectors_in: Literal["memory", "file"]
     ) -> None:
         self._store, self._quantizer, self._tail, self._vectors_in = store, quantizer, tail, vectors_in
-        self._lock = RLock()
         self.config = store.config
         self.layout = store.layout
         self.codes = store.codes()
@@ -132,10 +130,15 @@ class SearchState:
         return positions
 
     def prepare(self) -> SearchState:
-        """Read all that a search needs. Any number of threads may call it."""
-        with self._lock:
-            _ = self.scorer, self.vectors, self.executor, self.ids
+        """Read all that a search needs, while no one writes, so that it belongs together."""
+        _ = self.scorer, self.vectors, self.executor, self.ids
         return self
+
+    def positions(self, rows: NDArray[np.int64]) -> Positions:
+        """The positions of some rows, in order; rows that were added after this state was read are left out."""
+        known = rows[rows < len(self.position_of_row)]
+        found = np.sort(self.position_of_row[known])
+        return found[np.searchsorted(found, 0) :]
 
     def codes_at(self, positions: Positions) -> NDArray[np.int32]:
         """The codes at some positions: (m, levels)."""
@@ -239,18 +242,19 @@ class _Hits:
 
 
 def search(
-    state: SearchState, request: SearchRequest, allowed: NDArray[np.int64] | None, *, filter_seconds: float = 0.0
+    load: Callable[[], SearchState], request: SearchRequest, match: Callable[[], NDArray[np.int64]] | None = None
 ) -> SearchResult:
-    """The k nearest items for each query; of the ``allowed`` rows only, if given."""
+    """The k nearest items for each query; only of the rows that ``match`` gives, if there is a filter."""
     clock = _Clock(request.timeout)
-    if allowed is not None:
-        clock.seconds["filter"] = filter_seconds
     with clock.step("load"):
-        state.prepare()
-    items = len(state) if allowed is None else len(allowed)
+        state = load()
+    matching = None
+    if match is not None:
+        with clock.step("filter"):
+            matching = state.positions(match())
+    items = len(state) if matching is None else len(matching)
     k = min(int(request.k), items)
-    mask_positions = None if allowed is None else np.sort(state.position_of_row[allowed])
-    plan = _plan(state, request, items, filtered=allowed is not None)
+    plan = _plan(state, request, items, filtered=match is not None)
     blocks: list[_Hits] = []
     with faiss_threads(request.threads):
         for start in range(0, len(request.queries), _BLOCK) if k else ():
@@ -258,9 +262,9 @@ def search(
             queries = request.queries[start : start + _BLOCK]
             if state.config.metric == "cosine":
                 queries = normalized(queries)
-            blocks.append(_search_block(state, request, queries, k, plan.way, mask_positions, clock))
+            blocks.append(_search_block(state, request, queries, k, plan.way, matching, clock))
     clock.check()
-    return _result(state, request, blocks, plan.text, items if allowed is not None else None, clock)
+    return _result(state, request, blocks, plan.text, items if match is not None else None, clock)
 
 
 @dataclass(frozen=True)

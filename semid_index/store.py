@@ -168,19 +168,23 @@ class Store:
 
     @contextmanager
     def _settings(self, **settings: str) -> Iterator[None]:
-        """Work under other settings of DuckDB, and under a memory limit that goes by the size of a row."""
-        row_bytes = 4 * self.config.dim
-        settings["memory_limit"] = f"{max(_LEAST_MEMORY, 4 * _ROW_GROUP * row_bytes) >> 20}MiB"
-        cursor = self.cursor()
-        before = {name: cursor.execute("SELECT current_setting(?)", [name]).fetchall()[0][0] for name in settings}
-        try:
-            for name, value in settings.items():
-                cursor.execute(f"SET {name} = '{value}'")
-            yield
-        finally:
-            with suppress(duckdb.Error):  # nothing that went wrong before may hide behind this
-                for name, value in before.items():
+        """Work under other settings of DuckDB, and for a file under a memory limit that goes by the size of a row.
+
+        Settings hold for the whole database, so only one thread at a time may change them.
+        """
+        if self.path is not None:
+            settings["memory_limit"] = f"{max(_LEAST_MEMORY, 16 * _ROW_GROUP * self.config.dim) >> 20}MiB"
+        with self._write_lock:
+            cursor = self.cursor()
+            before = {name: cursor.execute("SELECT current_setting(?)", [name]).fetchall()[0][0] for name in settings}
+            try:
+                for name, value in settings.items():
                     cursor.execute(f"SET {name} = '{value}'")
+                yield
+            finally:
+                with suppress(duckdb.Error):  # nothing that went wrong before may hide behind this
+                    for name, value in before.items():
+                        cursor.execute(f"SET {name} = '{value}'")
 
     def save_training(
         self,

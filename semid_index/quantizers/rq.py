@@ -67,7 +67,8 @@ class ResidualKMeans(Quantizer):
         if len(residuals) < max(self.codebook_sizes):
             raise InvalidVectorsError(
                 "Training needs at least as many vectors as the largest codebook has words: "
-                f"{max(self.codebook_sizes)}, got n_samples = {len(residuals)}. Give more vectors or a smaller codebook_size."
+                f"{max(self.codebook_sizes)}, got n_samples = {len(residuals)}. "
+                "Give more vectors or a smaller codebook_size."
             )
         learned: dict[str, Vectors] = {}
         for level, size in enumerate(self.codebook_sizes):

@@ -1,0 +1,35 @@
+"""The benchmark scripts run, on 2,000 rows, and count as they should."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_main_job_runs_on_the_sample(tmp_path):
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks.main_job", "--tiny", "--rounds", "1", "--json", str(figures)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())
+    assert set(found) == {f"{part} sample" for part in ("train", "encode", "build", "open", "search", "import")}
+    searched = found["search sample"]["codebooks 32"]
+    recalls = [row["recall@10"] for name, row in searched.items() if name.startswith("ours")]
+    assert recalls == sorted(recalls)
+    assert recalls[-1] > 0.95
+    assert searched["memory bytes per item"]["vectors"] == 4 * 384
+
+
+@pytest.mark.parametrize(
+    ("found", "share"), [([[1, 2], [3, 4]], 1.0), ([[2, 9], [9, 8]], 0.25), ([[7, 8], [7, 8]], 0.0)]
+)
+def test_recall_by_hand(found, share, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.main_job import recall
+
+    assert recall(np.array(found), np.array([[1, 2], [4, 3]])) == share
