@@ -262,14 +262,13 @@ FILTERS: dict[str, tuple[str, list[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", FILTERS)
-def test_a_filter_gives_the_nearest_of_what_fulfils_it(case, queries, name):
-    where, params, fulfils = FILTERS[name]
-    fulfilled = fulfils(np.arange(2_000))
-    truth = np.where(fulfilled, case.truth, np.inf)
-    result = case.index.search(queries, k=K, where=where, params=params)
-    assert_nearest(case.metric, truth, result, min(K, int(fulfilled.sum())))
-    assert result.trace.matches == fulfilled.sum()
+def test_a_filter_gives_the_nearest_of_what_fulfils_it(case, queries):
+    for where, params, fulfils in FILTERS.values():
+        fulfilled = fulfils(np.arange(2_000))
+        truth = np.where(fulfilled, case.truth, np.inf)
+        result = case.index.search(queries, k=K, where=where, params=params)
+        assert_nearest(case.metric, truth, result, min(K, int(fulfilled.sum())))
+        assert result.trace.matches == fulfilled.sum()
 
 
 def test_similar_leaves_the_item_itself_out(case, vectors):
@@ -480,6 +479,22 @@ def test_probes_rerank_and_threads(large):
     assert_nearest(metric, truth, index.search(queries, k=K, probes=10**6, rerank=12_000), K)
     one = index.search(queries, k=K, threads=1)
     assert np.array_equal(one.flat_ids, index.search(queries, k=K, threads=2).flat_ids)
+
+
+def test_as_many_hits_as_asked_for_whatever_is_opened(large):
+    """Fewer than k only where fewer exist: leaves are opened until there are enough."""
+    metric, index, _, queries, truth = large
+    for k, options in [
+        (500, {"probes": 1}),
+        (6_000, {}),
+        (20_000, {}),
+        (20_000, {"probes": 3}),
+        (7_000, {"where": "number < 9000"}),
+    ]:
+        result = index.search(queries[:3], k=k, **options)
+        exist = 9_000 if "where" in options else 12_000
+        assert [len(ids) for ids in result.ids] == [min(k, exist)] * 3
+        assert_true_distances(metric, truth[:3], result)
 
 
 def test_the_trace_of_one_query_lists_its_leaves(large):

@@ -19,18 +19,20 @@ FOLDER = Path(__file__).resolve().parent / "golden" / "v1"
 NAMES = ("plain", "strings", "long", "flat", "scalar")  # written out, so that a missing file is noticed
 
 
-@pytest.fixture(params=NAMES)
-def golden(request, tmp_path) -> tuple[Path, dict[str, Any]]:
+def copy_of(name: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     """A copy of a golden index, and what is to be found in it."""
-    path = tmp_path / "index.duckdb"
-    path.write_bytes(gzip.decompress((FOLDER / f"{request.param}.duckdb.gz").read_bytes()))
-    return path, json.loads((FOLDER / f"{request.param}.json").read_text())
+    path = folder / "index.duckdb"
+    path.write_bytes(gzip.decompress((FOLDER / f"{name}.duckdb.gz").read_bytes()))
+    return path, json.loads((FOLDER / f"{name}.json").read_text())
 
 
-@pytest.fixture(params=[True, False], ids=["read-only", "read-write"])
-def opened(request, golden) -> Iterator[tuple[SemanticIndex, dict[str, Any]]]:
-    path, expected = golden
-    with semid.open(path, read_only=request.param) as index:
+@pytest.fixture(
+    scope="module", params=[(name, mode) for name in NAMES for mode in ("read-only", "read-write")], ids="-".join
+)
+def opened(request, tmp_path_factory) -> Iterator[tuple[SemanticIndex, dict[str, Any]]]:
+    name, mode = request.param
+    path, expected = copy_of(name, tmp_path_factory.mktemp(name))
+    with semid.open(path, read_only=mode == "read-only") as index:
         yield index, expected
 
 
@@ -102,8 +104,9 @@ def test_shelves(opened):
     assert len(below) == items
 
 
-def test_more_can_be_added(golden):
-    path, expected = golden
+@pytest.mark.parametrize("name", NAMES)
+def test_more_can_be_added(name, tmp_path):
+    path, expected = copy_of(name, tmp_path)
     queries = np.array(expected["queries"], dtype=np.float32)
     ids = ["new"] if isinstance(expected["items"][0][0], str) else [10_000]
     with semid.open(path) as index:
