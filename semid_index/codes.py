@@ -10,6 +10,7 @@ that do not fit are the *rest*, kept beside it as small integers, and sort after
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ MIN_CODEBOOK_SIZE = 2
 MAX_CODEBOOK_SIZE = 65_536
 
 Prefix = tuple[int, ...]
+_PREFIX_TEXT = re.compile(r"(\d{1,9}(-\d{1,9})*(-\*?)?|\*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -141,14 +143,9 @@ def parse_prefix(text: str, layout: CodeLayout) -> Prefix:
     >>> parse_prefix("12-153-*", CodeLayout((256, 256, 256, 256)))
     (12, 153)
     """
-    digits = text.strip().removesuffix("*").removesuffix("-")
-    try:
-        prefix = tuple(int(code) for code in digits.split("-")) if digits else ()
-    except ValueError:
-        raise InvalidCodesError(
-            f"'{text}' is no prefix. Write codes with dashes between them, such as '12-153'."
-        ) from None
-    return check_prefix(prefix, layout)
+    if not _PREFIX_TEXT.fullmatch(text.strip()):
+        raise InvalidCodesError(f"'{text}' is no prefix. Write codes with dashes between them, such as '12-153'.")
+    return check_prefix(tuple(int(code) for code in re.findall(r"\d+", text)), layout)
 
 
 def format_id(codes: Sequence[int]) -> str:

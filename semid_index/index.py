@@ -215,9 +215,9 @@ class SemanticIndex:
 
         ``where``: an SQL expression over the metadata, with ``?`` for ``params``; then only items that fulfil it are
         found. ``probes``: leaves to open (by default as many as hold about 48 sqrt(n) items). ``rerank``: candidates
-        to compute exact distances for (by default 4 k, at least 100). ``exact=True``: brute force. ``threads``: by
-        default all cores. ``timeout``: seconds, after which :class:`SearchTimeoutError` is raised. Fewer than k hits
-        come back only where fewer items exist.
+        to compute exact distances for (by default 4 k, at least 100; four times that under ip). ``exact=True``: brute
+        force. ``threads``: by default all cores. ``timeout``: seconds, after which :class:`SearchTimeoutError` is
+        raised. Fewer than k hits come back only where fewer items exist.
         """
         queries, single = as_queries(query, dim=self.config.dim)
         if not len(queries):
@@ -292,7 +292,8 @@ class SemanticIndex:
             raise InvalidArgumentError(
                 f"There are {deepest} levels: depth={depth} below {format_id(start) or 'the root'} is too deep."
             )
-        return [Shelf(*row) for row in self._store.shelves(len(start) + depth, start, examples=examples)]
+        shelves = self._store.shelves(len(start) + depth, start, examples=examples)
+        return [Shelf(*shelf, whole=len(start) + depth == deepest) for shelf in shelves]
 
     # -- looking at items ---------------------------------------------------------------------------------------------
 

@@ -188,8 +188,10 @@ class Shelf:
     prefix: Prefix
     items: int
     examples: Sequence[Any] = field(default=())
+    whole: bool = False
+    """Whether the prefix is a whole ID, with all levels."""
 
     @property
     def text(self) -> str:
-        """``12-153-*``."""
-        return format_id(self.prefix) + "-*"
+        """``12-153-*``, or ``12-153-87-21`` for a whole ID."""
+        return format_id(self.prefix) + ("" if self.whole else "-*")

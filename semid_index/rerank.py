@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from semid_index import metrics
 from semid_index.codes import unpack
-from semid_index.errors import MissingDependencyError
+from semid_index.errors import CorruptIndexError, MissingDependencyError
 from semid_index.lookup import Leaves, Probes
 from semid_index.quantizer import Quantizer, Vectors
 from semid_index.quantizers.kmeans import import_faiss
@@ -37,6 +37,7 @@ Distances = NDArray[np.float32]
 
 _GATHER_BYTES = 16 << 20  # candidates' vectors copied together at once
 _EXACT_BLOCK = 65_536  # stored vectors compared at once by brute force
+_RESTORE = "Restore it from a copy, or build it again."
 _PROBING = threading.Lock()  # FAISS keeps the number of probes in the index, so searches take turns
 
 
@@ -110,8 +111,7 @@ class MemoryVectors(VectorsByPosition):
         vectors = np.empty((count, config.dim), dtype=dtype)
         scale = np.empty(count, dtype=np.float32) if config.vectors == "int8" else None
         columns = ("v", "scale") if scale is not None else ("v",)
-        for rows, batch in store.vector_batches(*columns):
-            places = position_of_row[rows]
+        for places, batch in stored_in_place(store, position_of_row, *columns):
             stored = batch["v"].view(dtype)
             vectors[places] = metrics.normalized(stored) if metric == "cosine" and dtype == np.float32 else stored
             if scale is not None:
@@ -174,6 +174,26 @@ class DecodedVectors(VectorsByPosition):
         """The decoded vectors at some positions."""
         rest = None if self._codes.rest is None else self._codes.rest[positions]
         return self._quantizer.decode(unpack(self._codes.sids[positions], self._layout, rest))
+
+
+def stored_in_place(
+    store: Store, position_of_row: NDArray[np.int64], *columns: str
+) -> Iterator[tuple[Positions, dict[str, NDArray[Any]]]]:
+    """The named columns of all stored vectors, in batches, with the position of each item.
+
+    Raises :class:`CorruptIndexError` unless there is exactly one vector for each item.
+    """
+    seen = np.zeros(len(position_of_row), dtype=bool)
+    for rows, batch in store.vector_batches(*columns):
+        known = (rows >= 0) & (rows < len(position_of_row))
+        if not known.all() or (position_of_row[rows] < 0).any():
+            raise CorruptIndexError(
+                f"{store.path} has vectors without codes. Restore it from a copy, or build it again."
+            )
+        seen[rows] = True
+        yield position_of_row[rows], batch
+    if not seen[position_of_row >= 0].all():
+        raise CorruptIndexError(f"{store.path} lacks some of its vectors. {_RESTORE}")
 
 
 def to_stored(vectors: Vectors, tier: str) -> dict[str, NDArray[Any]]:

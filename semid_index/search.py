@@ -29,7 +29,7 @@ from semid_index.lookup import (
 from semid_index.metrics import normalized
 from semid_index.quantizer import Quantizer, Vectors
 from semid_index.quantizers.tail import Tail
-from semid_index.records import Probe, SearchResult, SearchTrace
+from semid_index.records import Metric, Probe, SearchResult, SearchTrace
 from semid_index.rerank import (
     DecodedVectors,
     Distances,
@@ -44,6 +44,7 @@ from semid_index.rerank import (
     faiss_threads,
     search_candidates,
     smallest,
+    stored_in_place,
 )
 from semid_index.store import Store
 
@@ -65,9 +66,12 @@ def default_budget(items: int) -> int:
     return max(_LEAST_BUDGET, int(_BUDGET_PER_ROOT * math.sqrt(items)))
 
 
-def default_rerank(k: int) -> int:
-    """Candidates whose exact distance is computed for k hits."""
-    return max(_LEAST_RERANK, _RERANK_PER_HIT * k)
+def default_rerank(k: int, metric: Metric = "l2") -> int:
+    """Candidates whose exact distance is computed for k hits: 4 k, at least 100; four times as many under ip.
+
+    Inner products grow with the length of a vector, and so does the error of a scan by codes.
+    """
+    return max(_LEAST_RERANK, _RERANK_PER_HIT * k) * (4 if metric == "ip" else 1)
 
 
 class SearchState:
@@ -177,10 +181,10 @@ class SearchState:
 
     def _read_tail(self) -> NDArray[np.uint8]:
         codes: NDArray[np.uint8] | None = None
-        for rows, batch in self._store.vector_batches("tail"):
+        for places, batch in stored_in_place(self._store, self.position_of_row, "tail"):
             if codes is None:
                 codes = np.empty((len(self), batch["tail"].shape[1]), dtype=np.uint8)
-            codes[self.position_of_row[rows]] = batch["tail"]
+            codes[places] = batch["tail"]
         return np.empty((0, 0), dtype=np.uint8) if codes is None else codes
 
 
@@ -206,7 +210,7 @@ class SearchRequest:
                 raise InvalidArgumentError(f"{name} must be a whole number, at least 1, not {value!r}.")
         if self.rerank is not None and self.rerank < self.k:
             raise InvalidArgumentError(f"rerank={self.rerank} candidates cannot give k={self.k} hits. Use at least k.")
-        if self.timeout is not None and not self.timeout > 0:
+        if self.timeout is not None and not (isinstance(self.timeout, int | float) and self.timeout > 0):
             raise InvalidArgumentError(f"timeout must be a number of seconds above 0, not {self.timeout!r}.")
 
 
@@ -309,7 +313,7 @@ def _search_block(
         )
     if allowed is not None:
         return _scan_allowed(state, queries, probes, allowed, k, clock)
-    rerank = min(max(int(request.rerank or default_rerank(k)), k), int(probes.candidates.max()))
+    rerank = min(max(int(request.rerank or default_rerank(k, state.config.metric)), k), int(probes.candidates.max()))
     with clock.step("scan"):
         distances, positions = state.executor.search(queries, probes, k if state.executor.exact else rerank)
     if state.executor.exact:

@@ -553,7 +553,7 @@ ARGUMENT_FAULTS: list[tuple[str, dict[str, Any], type[SemidError], list[str]]] =
     *(("search", {"threads": n}, InvalidArgumentError, ["threads", "at least 1"]) for n in (0, -1, 1.5, True)),
     *(("search", {"rerank": n}, InvalidArgumentError, ["rerank", "at least 1"]) for n in (0, -1, 1.5, True)),
     ("search", {"rerank": 5}, InvalidArgumentError, ["rerank=5", "k=10", "at least k"]),
-    *(("search", {"timeout": s}, InvalidArgumentError, ["timeout", "above 0"]) for s in (0, -1, float("nan"))),
+    *(("search", {"timeout": s}, InvalidArgumentError, ["timeout", "above 0"]) for s in (0, -1, float("nan"), "soon")),
     ("search", {"params": [1]}, InvalidArgumentError, ["where"]),
     ("search", {"where": "nummer = 1"}, FilterError, ["'nummer'", "Did you mean 'number'?"]),
     ("search", {"where": "number = 1; DROP TABLE items"}, FilterError, ["one expression", "';'"]),
@@ -781,6 +781,20 @@ def test_a_file_that_contradicts_itself(index_file, damage):
     assert_open_is_refused(
         edited(index_file, DAMAGE[damage]), CorruptIndexError, "Restore it from a copy, or build it again"
     )
+
+
+LOST = {
+    "a vector missing": "DELETE FROM semid_vectors WHERE row = 7",
+    "a code missing": "DELETE FROM semid_codes WHERE row = 7",
+    "a row number out of range": "UPDATE semid_vectors SET row = 1000000 WHERE row = 7",
+    "one vector twice and another missing": "UPDATE semid_vectors SET row = 8 WHERE row = 7",
+}
+
+
+@pytest.mark.parametrize("damage", LOST)
+def test_vectors_and_codes_that_do_not_belong_together(index_file, queries, damage):
+    with semid.open(edited(index_file, LOST[damage])) as index, refused(CorruptIndexError, "build it again"):
+        index.search(queries)
 
 
 def found(path: Path, queries: NDArray[np.float32]) -> list[Any]:
