@@ -14,10 +14,12 @@ demo: $(STAMP)
 test: lint docs-check test-quick test-duckdb-1.5
 
 test-quick: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -c "import duckdb; print('with DuckDB', duckdb.__version__)"
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 test-duckdb-1.5: $(STAMP) $(OTHER_DUCKDB)/.installed
-	PYTHONPATH=$(OTHER_DUCKDB) $(BIN)/python -m pytest -q -n auto
+	PYTHONPATH=$(OTHER_DUCKDB) $(BIN)/python -c "import duckdb; print('with DuckDB', duckdb.__version__)"
+	PYTHONPATH=$(OTHER_DUCKDB) $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
