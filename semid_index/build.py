@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from semid_index.codes import CodeLayout, pack, pack_rest, unpack
 from semid_index.errors import (
+    RESTORE,
     AlreadyTrainedError,
     CorruptIndexError,
     DimensionMismatchError,
@@ -23,7 +24,7 @@ from semid_index.errors import (
     NotTrainedError,
     SemidError,
 )
-from semid_index.items import as_ids, as_metadata, id_type
+from semid_index.items import as_ids, as_metadata, check_count, id_type
 from semid_index.metrics import normalized
 from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
 from semid_index.quantizers.tail import Tail, default_tail
@@ -85,7 +86,7 @@ def restore(store: Store, quantizer_class: type[Quantizer]) -> tuple[Quantizer, 
     """The trained quantizer of an index, and its tail quantizer."""
     arrays = store.learned_arrays()
     tail = arrays.pop(_TAIL_ARRAY, None)
-    config, damaged = store.config, f"{store.path} is damaged. Restore it from a copy, or build it again."
+    config, damaged = store.config, f"{store.path} is damaged. {RESTORE}"
     try:
         quantizer = quantizer_class.restore(dict(config.quantizer_config), arrays)
         quantizer.decode(np.empty((0, quantizer.levels), dtype=np.int32))  # looks at all that decoding needs
@@ -122,8 +123,8 @@ def level_reports(quantizer: Quantizer, vectors: Vectors) -> tuple[LevelReport, 
 
 
 def _training_sample(source: VectorSource, quantizer: Quantizer, config: IndexConfig, sample: int | None) -> Vectors:
-    if sample is not None and (isinstance(sample, bool) or not isinstance(sample, int | np.integer) or sample < 1):
-        raise InvalidArgumentError(f"sample must be a whole number of rows, at least 1, not {sample!r}.")
+    if sample is not None:
+        check_count("sample", sample)
     wanted = sample or max(_SMALLEST_SAMPLE, _SAMPLE_PER_CODEWORD * max(quantizer.codebook_sizes, default=0))
     rows = source.sample(min(int(wanted), source.rows), seed=config.seed)
     _refuse(unusable_rows(rows, config.metric), config, "of the training sample ")
@@ -153,8 +154,7 @@ def add(
         raise NotTrainedError("The index is not trained. Call index.train(vectors) before index.add.")
     if on_bad_vectors not in ("error", "drop"):
         raise InvalidArgumentError(f"on_bad_vectors must be 'error' or 'drop', not {on_bad_vectors!r}.")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
-        raise InvalidArgumentError(f"batch_size must be a whole number, at least 1, not {batch_size!r}.")
+    check_count("batch_size", batch_size)
     config = store.config
     source = _open(vectors, config.dim)
     good = _check_rows(source, config, batch_size, drop=on_bad_vectors == "drop")

@@ -130,6 +130,10 @@ class CorruptIndexError(IndexFileError):
     """The content of the file contradicts itself."""
 
 
+RESTORE = "Restore it from a copy, or build it again."
+"""What to do with a damaged file."""
+
+
 class IndexLockedError(IndexFileError):
     """Another process has the file open."""
 

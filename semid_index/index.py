@@ -34,16 +34,16 @@ from semid_index.errors import (
     UnknownIdError,
 )
 from semid_index.filters import check_filter
-from semid_index.items import as_ids, id_type
+from semid_index.items import as_ids, check_count, id_type
 from semid_index.metrics import check_metric, normalized
 from semid_index.plugins import quantizer_class
 from semid_index.progress import progress_callback
 from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
 from semid_index.quantizers.tail import Tail
 from semid_index.records import IndexConfig, SearchResult, SearchTrace, Shelf, Tier, TrainReport
-from semid_index.rerank import from_stored
+from semid_index.rerank import FileVectors
 from semid_index.search import SearchRequest, SearchState, search
-from semid_index.store import Store
+from semid_index.store import Store, fixed_size_list
 from semid_index.vectors import as_queries, as_vectors
 
 if TYPE_CHECKING:
@@ -87,9 +87,9 @@ def create(
     if vectors not in get_args(Tier):
         raise InvalidArgumentError(f"vectors must be one of {', '.join(get_args(Tier))}, not {vectors!r}.")
     if leaf_size is not None:
-        _check_count("leaf_size", leaf_size, least=1)
+        check_count("leaf_size", leaf_size, least=1)
     if tail is not None:
-        _check_count("tail", tail, least=0)
+        check_count("tail", tail, least=0)
         if tail > max(dim, 2):
             raise InvalidArgumentError(f"tail must be at most one code for each of the {dim} dimensions, not {tail}.")
     kind = quantizer_class(quantizer)
@@ -238,7 +238,7 @@ class SemanticIndex:
 
     def similar(self, id: Any, k: int = 10, **options: Any) -> SearchResult:
         """The k items most like an item of the index, itself left out; options as in :meth:`search`."""
-        _check_count("k", k, least=1)
+        check_count("k", k, least=1)
         found = self.search(self._vector_of(id), k + 1, **options)
         # one by one: NumPy compares strings without the NULs at their end
         others = np.array([i for i, hit in enumerate(found.flat_ids.tolist()) if hit != id][:k], dtype=np.int64)
@@ -285,8 +285,8 @@ class SemanticIndex:
     def tree(self, depth: int = 1, under: str | Sequence[int] | None = None, *, examples: int = 0) -> list[Shelf]:
         """The shelves ``depth`` levels down, below a prefix if one is given: the largest first, each with some ids."""
         start = self._prefix(under if under is not None else (), "tree")
-        _check_count("depth", depth, least=1)
-        _check_count("examples", examples, least=0)
+        check_count("depth", depth, least=1)
+        check_count("examples", examples, least=0)
         deepest = self._store.layout.levels
         if len(start) + depth > deepest:
             raise InvalidArgumentError(
@@ -447,15 +447,10 @@ class SemanticIndex:
 
     def _stored_vectors(self, ids: pa.Array) -> pa.Array:
         """The stored vectors of some items as float32, or the decoded ones where none are stored."""
-        from semid_index.store import fixed_size_list
-
         rows = self._store.rows_of_ids(ids)
         if self.config.vectors == "none":
             return fixed_size_list(self._quantizer.decode(self._store.codes_of(rows)))
-        columns = ("v", "scale") if self.config.vectors == "int8" else ("v",)
-        found = self._store.vectors_of(rows, *columns)
-        stored = found["v"].view(np.float16) if self.config.vectors == "float16" else found["v"]
-        return fixed_size_list(from_stored(stored, found.get("scale")))
+        return fixed_size_list(FileVectors(self._store, rows, self.config.metric).take(slice(None)))
 
 
 def _make_quantizer(kind: type[Quantizer], options: dict[str, Any]) -> Quantizer:
@@ -465,11 +460,6 @@ def _make_quantizer(kind: type[Quantizer], options: dict[str, Any]) -> Quantizer
     if unknown:
         raise InvalidArgumentError(f"'{kind.name}' has no option '{unknown[0]}'. Its options: {', '.join(known)}.")
     return kind(**options)
-
-
-def _check_count(name: str, value: Any, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise InvalidArgumentError(f"{name} must be a whole number, at least {least}, not {value!r}.")
 
 
 def _check_device(device: Device) -> None:

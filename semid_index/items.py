@@ -1,4 +1,4 @@
-"""What a user says of items: ids and metadata, checked."""
+"""What a user says, checked: ids, metadata, and how many of something."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from semid_index.records import IdType
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+def check_count(name: str, value: Any, *, least: int = 1) -> None:
+    """Refuse what is no whole number, or below ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise InvalidArgumentError(f"{name} must be a whole number, at least {least}, not {value!r}.")
 
 
 def as_ids(ids: ArrayLike | Sequence[Any], *, count: int | None = None) -> pa.Array:

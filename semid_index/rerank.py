@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from semid_index import metrics
 from semid_index.codes import unpack
-from semid_index.errors import CorruptIndexError, MissingDependencyError
+from semid_index.errors import RESTORE, CorruptIndexError, MissingDependencyError
 from semid_index.lookup import Leaves, Probes
 from semid_index.quantizer import Quantizer, Vectors
-from semid_index.quantizers.kmeans import import_faiss
+from semid_index.quantizers.kmeans import import_faiss, openmp_threads
 from semid_index.quantizers.tail import Tail, pad
 from semid_index.records import Metric
 from semid_index.store import Store, StoredCodes
@@ -37,7 +37,11 @@ Distances = NDArray[np.float32]
 
 _GATHER_BYTES = 16 << 20  # candidates' vectors copied together at once
 _EXACT_BLOCK = 65_536  # stored vectors compared at once by brute force
-_RESTORE = "Restore it from a copy, or build it again."
+_STORED_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "int8": np.dtype(np.int8),
+}
 _PROBING = threading.Lock()  # FAISS keeps the number of probes in the index, so searches take turns
 
 
@@ -107,7 +111,7 @@ class MemoryVectors(VectorsByPosition):
         """Read all stored vectors, once, straight into their places."""
         config = store.config
         count = int((position_of_row >= 0).sum())
-        dtype = np.dtype({"float32": np.float32, "float16": np.float16, "int8": np.int8}[config.vectors])
+        dtype = _STORED_DTYPES[config.vectors]
         vectors = np.empty((count, config.dim), dtype=dtype)
         scale = np.empty(count, dtype=np.float32) if config.vectors == "int8" else None
         columns = ("v", "scale") if scale is not None else ("v",)
@@ -152,7 +156,7 @@ class FileVectors(VectorsByPosition):
         self.metric, self.count, self.dim = metric, len(rows), store.config.dim
         self._store = store
         self._rows = rows
-        self._dtype = np.dtype({"float32": np.float32, "float16": np.float16, "int8": np.int8}[store.config.vectors])
+        self._dtype = _STORED_DTYPES[store.config.vectors]
         self._columns = ("v", "scale") if store.config.vectors == "int8" else ("v",)
 
     def take(self, positions: Positions | slice) -> Vectors:
@@ -187,13 +191,11 @@ def stored_in_place(
     for rows, batch in store.vector_batches(*columns):
         known = (rows >= 0) & (rows < len(position_of_row))
         if not known.all() or (position_of_row[rows] < 0).any():
-            raise CorruptIndexError(
-                f"{store.path} has vectors without codes. Restore it from a copy, or build it again."
-            )
+            raise CorruptIndexError(f"{store.path} has vectors without codes. {RESTORE}")
         seen[rows] = True
         yield position_of_row[rows], batch
     if not seen[position_of_row >= 0].all():
-        raise CorruptIndexError(f"{store.path} lacks some of its vectors. {_RESTORE}")
+        raise CorruptIndexError(f"{store.path} lacks some of its vectors. {RESTORE}")
 
 
 def to_stored(vectors: Vectors, tier: str) -> dict[str, NDArray[Any]]:
@@ -417,13 +419,8 @@ def faiss_threads(threads: int | None) -> Iterator[None]:
     if threads is None or not faiss_works():
         yield
         return
-    faiss = import_faiss()
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(threads)
-    try:
+    with openmp_threads(threads):
         yield
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 _warned = False

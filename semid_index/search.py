@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from semid_index.codes import unpack
 from semid_index.errors import InvalidArgumentError, SearchTimeoutError
+from semid_index.items import check_count
 from semid_index.lookup import (
     LeafScorer,
     Leaves,
@@ -204,10 +205,8 @@ class SearchRequest:
     def __post_init__(self) -> None:
         for name in ("k", "probes", "rerank", "threads"):
             value = getattr(self, name)
-            if value is None and name != "k":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise InvalidArgumentError(f"{name} must be a whole number, at least 1, not {value!r}.")
+            if value is not None or name == "k":
+                check_count(name, value)
         if self.rerank is not None and self.rerank < self.k:
             raise InvalidArgumentError(f"rerank={self.rerank} candidates cannot give k={self.k} hits. Use at least k.")
         if self.timeout is not None and not (isinstance(self.timeout, int | float) and self.timeout > 0):

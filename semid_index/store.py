@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from semid_index import tables
 from semid_index.codes import CodeLayout, Prefix, prefix_range, unpack
 from semid_index.errors import (
+    RESTORE,
     CorruptIndexError,
     DuplicateIdError,
     FilterError,
@@ -53,7 +54,6 @@ _CODEBOOK_NAME = re.compile(r"codebook_(\d+)")
 _READ_BATCH = 65_536
 _ROW_GROUP = 122_880  # rows that DuckDB keeps and compresses together
 _LEAST_MEMORY = 512 << 20  # bytes that DuckDB may hold while it writes or reads vectors
-_RESTORE = "Restore it from a copy, or build it again."
 # DuckDB's errors about values and expressions, as against those about the file or the machine
 _USER_ERRORS = (duckdb.DataError, duckdb.NotSupportedError, duckdb.ProgrammingError)
 
@@ -241,7 +241,7 @@ class Store:
         try:
             return json.loads(found[0][0]) if found else None
         except ValueError as error:
-            raise CorruptIndexError(f"{self.path} is damaged: its setting '{key}' is no JSON. {_RESTORE}") from error
+            raise CorruptIndexError(f"{self.path} is damaged: its setting '{key}' is no JSON. {RESTORE}") from error
 
     @property
     def config(self) -> IndexConfig:
@@ -249,7 +249,7 @@ class Store:
         try:
             return IndexConfig(**self.meta("config"))
         except TypeError as error:  # missing, or with other fields
-            raise CorruptIndexError(f"{self.path} is damaged: it does not say what it is. {_RESTORE}") from error
+            raise CorruptIndexError(f"{self.path} is damaged: it does not say what it is. {RESTORE}") from error
 
     @property
     def layout(self) -> CodeLayout:
@@ -291,7 +291,7 @@ class Store:
             except (TypeError, ValueError) as error:
                 raise CorruptIndexError(
                     f"{self.path} is damaged: its array '{name}' is not of the type {dtype} and the shape {shape}. "
-                    f"{_RESTORE}"
+                    f"{RESTORE}"
                 ) from error
         if self._has_table("semid_codebook"):
             codebooks = self.arrow("SELECT level, codeword FROM semid_codebook ORDER BY level, code")
@@ -303,27 +303,23 @@ class Store:
 
     def codes(self) -> StoredCodes:
         """The codes of all items. Reads no ids and no vectors."""
-        rest = ", sid_rest" if self.layout.rest_levels else ""
-        found = self.arrow(f"SELECT row, sid{rest} FROM semid_codes ORDER BY sid{rest}, row")
-        return StoredCodes(
-            found["row"].to_numpy(), found["sid"].to_numpy(), fixed_size_matrix(found["sid_rest"]) if rest else None
-        )
+        found = self.arrow(f"SELECT row, {self._id_order} FROM semid_codes ORDER BY {self._id_order}, row")
+        return StoredCodes(found["row"].to_numpy(), found["sid"].to_numpy(), _rest_of(found))
 
     def codes_of(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """The codes of some rows, in the order asked for: (m, levels)."""
         import pyarrow as pa
 
         wanted = pa.table({"row": rows, "position": np.arange(len(rows))})
-        rest = ", sid_rest" if self.layout.rest_levels else ""
         found = self.arrow(
-            f"SELECT sid{rest} FROM wanted w JOIN semid_codes c ON c.row = w.row ORDER BY w.position", wanted=wanted
+            f"SELECT {self._id_order} FROM wanted w JOIN semid_codes c ON c.row = w.row ORDER BY w.position",
+            wanted=wanted,
         )
-        return unpack(found["sid"].to_numpy(), self.layout, fixed_size_matrix(found["sid_rest"]) if rest else None)
+        return unpack(found["sid"].to_numpy(), self.layout, _rest_of(found))
 
     def ids(self) -> pa.Array:
         """The id of each item, in the order of :meth:`codes`."""
-        rest = ", sid_rest" if self.layout.rest_levels else ""
-        column = self.arrow(f"SELECT id FROM semid_codes ORDER BY sid{rest}, row")["id"]
+        column = self.arrow(f"SELECT id FROM semid_codes ORDER BY {self._id_order}, row")["id"]
         return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
     def vector_batches(self, *columns: str) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
@@ -439,12 +435,8 @@ class Store:
 
     def shared_ids(self) -> int:
         """How many items share their semantic ID with another item."""
-        key = "sid, sid_rest" if self.layout.rest_levels else "sid"
-        return int(
-            self._fetch(
-                f"SELECT coalesce(sum(n), 0) FROM (SELECT count(*) AS n FROM semid_codes GROUP BY {key} HAVING n > 1)"
-            )[0][0]
-        )
+        shared = f"SELECT count(*) AS n FROM semid_codes GROUP BY {self._id_order} HAVING n > 1"
+        return int(self._fetch(f"SELECT coalesce(sum(n), 0) FROM ({shared})")[0][0])
 
     def file_bytes(self) -> int:
         """The size of the file with its write-ahead log; 0 for an index in memory."""
@@ -495,7 +487,7 @@ class Store:
             )
         version = self.meta("format_version")
         if type(version) is not int or version < 1:
-            raise CorruptIndexError(f"{self.path} is damaged: it does not say which format it has. {_RESTORE}")
+            raise CorruptIndexError(f"{self.path} is damaged: it does not say which format it has. {RESTORE}")
         return version
 
     def _under(self, prefix: Prefix) -> str:
@@ -503,6 +495,11 @@ class Store:
         rest = prefix[self.layout.packed_levels :]
         conditions = [f"sid >= {lo} AND sid < {hi}", *(f"sid_rest[{i}] = {code}" for i, code in enumerate(rest, 1))]
         return " AND ".join(conditions)
+
+    @property
+    def _id_order(self) -> str:
+        """The columns that hold an ID, in the order that sorts IDs."""
+        return "sid, sid_rest" if self.layout.rest_levels else "sid"
 
     def _code_columns(self) -> dict[str, str]:
         """The columns of ours that a filter may speak of: name -> SQL over ``semid_codes`` alone."""
@@ -623,6 +620,11 @@ def fixed_size_matrix(column: Any) -> NDArray[Any]:
     if not parts:
         return np.empty((0, width), dtype=column.type.value_type.to_pandas_dtype())
     return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(-1, width)
+
+
+def _rest_of(codes: pa.Table) -> NDArray[np.integer] | None:
+    """The levels that sids have no room for, (n, rest_levels); None for IDs that fit."""
+    return fixed_size_matrix(codes["sid_rest"]) if "sid_rest" in codes.column_names else None
 
 
 def _column(column: Any) -> NDArray[Any]:
@@ -752,10 +754,14 @@ _TRANSLATIONS: tuple[tuple[str, type[SemidError], str], ...] = (
         "{path} is open in this process already, in another mode. Close it there; or use the same read_only for both.",
     ),
     ("version number", NewerFormatError, "{path} was written by a later DuckDB. Run: pip install --upgrade duckdb"),
-    ("Corrupt database", CorruptIndexError, "{path} is damaged. " + _RESTORE),
-    ("Could not read enough bytes", CorruptIndexError, "{path} is damaged: it ends too early. " + _RESTORE),
-    ("Serialization Error", CorruptIndexError, "{path} is damaged. " + _RESTORE),
-    ("Catalog Error", CorruptIndexError, "{path} is damaged: a table is missing. " + _RESTORE),
+    ("Corrupt database", CorruptIndexError, "{path} is damaged. " + RESTORE),
+    (
+        "Could not read enough bytes",
+        CorruptIndexError,
+        "{path} is damaged: it ends too early. " + RESTORE,
+    ),
+    ("Serialization Error", CorruptIndexError, "{path} is damaged. " + RESTORE),
+    ("Catalog Error", CorruptIndexError, "{path} is damaged: a table is missing. " + RESTORE),
     (
         "Permission denied",
         ReadOnlyError,

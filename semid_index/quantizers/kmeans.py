@@ -88,11 +88,14 @@ def nearest(points: Vectors, codebook: Vectors) -> NDArray[np.int64]:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """FAISS on one thread. On many tiny problems its threads wait for each other longer than they work."""
+def openmp_threads(threads: int) -> Iterator[None]:
+    """FAISS on so many threads, within this thread of ours.
+
+    On many tiny problems its threads wait for each other longer than they work; then one is best.
+    """
     faiss = import_faiss()
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
+    faiss.omp_set_num_threads(threads)
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semid_index.quantizer import Vectors
-from semid_index.quantizers.kmeans import import_faiss, one_thread
+from semid_index.quantizers.kmeans import import_faiss, openmp_threads
 
 TAIL_BITS = 4
 _TRAINING_ROWS = 16_384  # 1,024 for each of the 16 codewords of a part
@@ -54,7 +54,7 @@ class Tail:
         quantizer = faiss.ProductQuantizer(parts * width, parts, TAIL_BITS)
         quantizer.cp.seed = seed
         quantizer.cp.min_points_per_centroid = 1
-        with one_thread():
+        with openmp_threads(1):
             quantizer.train(pad(rows, parts * width))
         centroids = faiss.vector_to_array(quantizer.centroids).reshape(parts, 1 << TAIL_BITS, width)
         return cls(np.ascontiguousarray(centroids, dtype=np.float32))
