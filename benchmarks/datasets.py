@@ -32,6 +32,11 @@ def load(name: str, folder: Path = DEFAULT_FOLDER) -> Dataset:
     return {"debian": _debian, "sift128": _sift128, "mnist784": _mnist784, "sample": _sample}[name](folder)
 
 
+def beauty(folder: Path = DEFAULT_FOLDER) -> np.ndarray:
+    """The vectors of the set ``beauty``, which comes without queries: (12,101, 384)."""
+    return normalized(np.load(folder / "beauty.minilm384.f16.npy").astype(np.float32))
+
+
 def tiny(dataset: Dataset, rows: int = 2_000, queries: int = 100) -> Dataset:
     """The first rows and queries of a set."""
     return _with_neighbours(dataset.name, dataset.metric, dataset.base[:rows], dataset.queries[:queries])

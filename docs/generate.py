@@ -69,6 +69,7 @@ def column_types() -> dict[str, dict[str, str]]:
     with duckdb.connect() as connection:
         tables.migrate(connection.execute, found=0)
         tables.create_codebook_table(connection.execute, _EXAMPLE["dim"])
+        tables.create_bucket_table(connection.execute)
         tables.create_item_tables(connection.execute, _EXAMPLE_LAYOUT, **_EXAMPLE)
         found = connection.execute(
             "SELECT table_name, column_name, data_type FROM duckdb_columns() WHERE NOT internal ORDER BY column_index"

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from semid_index.index import SemanticIndex, create, open
     from semid_index.quantizer import Quantizer
     from semid_index.records import SearchResult, SearchTrace, TrainReport
+    from semid_index.report.records import QualityReport
 
 __version__ = "0.1.0"
 __all__ = [
+    "QualityReport",
     "Quantizer",
     "SearchResult",
     "SearchTrace",
@@ -35,6 +37,7 @@ _HOMES = {
     "SearchResult": "records",
     "SearchTrace": "records",
     "TrainReport": "records",
+    "QualityReport": "report.records",
 }
 
 logging.getLogger("semid_index").addHandler(logging.NullHandler())

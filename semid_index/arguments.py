@@ -56,12 +56,14 @@ def parse_sizes(text: str) -> int | list[int]:
     return sizes[0] if len(sizes) == 1 else sizes
 
 
-def parse_options(options: list[str] | None) -> dict[str, Any]:
+def parse_options(
+    options: list[str] | None, *, flag: str = "--option", example: str = "iterations=30"
+) -> dict[str, Any]:
     """Further options, ``NAME=VALUE`` each."""
     pairs = [option.partition("=") for option in options or ()]
     for name, equals, _ in pairs:
         if not equals:
-            raise typer.BadParameter(f"--option is NAME=VALUE, such as iterations=30, not '{name}'.")
+            raise typer.BadParameter(f"{flag} is NAME=VALUE, such as {example}, not '{name}'.")
     return {name.replace("-", "_"): parse_value(value) for name, _, value in pairs}
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semid_index.codes import CodeLayout, pack, pack_rest, unpack
+from semid_index.collisions import Arrivals, CollisionPolicy, Share, own_quantizer, with_extra_levels
 from semid_index.errors import (
     RESTORE,
     AlreadyTrainedError,
@@ -22,15 +23,16 @@ from semid_index.errors import (
     InvalidIdsError,
     InvalidVectorsError,
     NotTrainedError,
+    PluginError,
     SemidError,
 )
 from semid_index.items import as_ids, as_metadata, check_count, id_type
 from semid_index.metrics import normalized
 from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
 from semid_index.quantizers.tail import Tail, default_tail
-from semid_index.records import IndexConfig, LevelReport, Metric, TrainReport
+from semid_index.records import CollisionCounts, IndexConfig, LevelReport, Metric, TrainReport
 from semid_index.rerank import to_stored
-from semid_index.store import ItemBatch, Store
+from semid_index.store import Appending, ItemBatch, Store
 from semid_index.vectors import VectorSource, bad_rows, open_vectors
 
 if TYPE_CHECKING:
@@ -53,9 +55,18 @@ _TAIL_ARRAY = "tail_codebooks"
 
 
 def train(
-    store: Store, quantizer: Quantizer, vectors: Any, *, sample: int | None, progress: ProgressCallback | None
-) -> tuple[TrainReport, Tail | None]:
-    """Learn codebooks, and tail codebooks, from (a sample of) vectors, and save them."""
+    store: Store,
+    quantizer: Quantizer,
+    policy: CollisionPolicy,
+    vectors: Any,
+    *,
+    sample: int | None,
+    progress: ProgressCallback | None,
+) -> tuple[TrainReport, Quantizer, Tail | None]:
+    """Learn codebooks, and tail codebooks, from (a sample of) vectors, and save them.
+
+    The quantizer that comes back has the levels that the policy adds.
+    """
     if store.is_trained:
         raise AlreadyTrainedError(
             "The index is trained already, and training again would change the meaning of its IDs. Create a new index."
@@ -69,27 +80,35 @@ def train(
         quantizer.fit(rows, seed=config.seed)
     finally:
         quantizer.on_progress = None
+    policy.check(quantizer)
     parts = config.tail if config.tail is not None else default_tail(config.dim) * (len(rows) >= _TAIL_LEAST_ROWS)
     tail = Tail.train(rows, parts, seed=config.seed) if parts else None
-    layout = CodeLayout(tuple(quantizer.codebook_sizes))
     report = TrainReport(
-        len(rows), 0.0, level_reports(quantizer, rows[:: max(1, len(rows) // _REPORT_ROWS)][:_REPORT_ROWS])
+        len(rows),
+        0.0,
+        level_reports(quantizer, rows[:: max(1, len(rows) // _REPORT_ROWS)][:_REPORT_ROWS]),
+        getattr(quantizer, "refinement", None),
     )
     report = replace(report, seconds=time.perf_counter() - started)
-    arrays = {**quantizer.state(), **({_TAIL_ARRAY: tail.codebooks} if tail else {})}
     config = replace(config, tail=parts, quantizer_config=quantizer.get_config())
+    quantizer = with_extra_levels(quantizer, policy.extra_levels)
+    layout = CodeLayout(tuple(quantizer.codebook_sizes))
+    arrays = {**quantizer.state(), **({_TAIL_ARRAY: tail.codebooks} if tail else {})}
     store.save_training(config, asdict(report), layout, arrays, hierarchical=quantizer.hierarchical)
-    return report, tail
+    return report, quantizer, tail
 
 
-def restore(store: Store, quantizer_class: type[Quantizer]) -> tuple[Quantizer, Tail | None]:
-    """The trained quantizer of an index, and its tail quantizer."""
+def restore(store: Store, quantizer_class: type[Quantizer], policy: CollisionPolicy) -> tuple[Quantizer, Tail | None]:
+    """The trained quantizer of an index, with the levels that the policy adds, and its tail quantizer."""
     arrays = store.learned_arrays()
     tail = arrays.pop(_TAIL_ARRAY, None)
+    for level in range(store.layout.levels, store.layout.levels - len(policy.extra_levels), -1):
+        arrays.pop(f"codebook_{level}", None)
     config, damaged = store.config, f"{store.path} is damaged. {RESTORE}"
     try:
         quantizer = quantizer_class.restore(dict(config.quantizer_config), arrays)
         quantizer.decode(np.empty((0, quantizer.levels), dtype=np.int32))  # looks at all that decoding needs
+        quantizer = with_extra_levels(quantizer, policy.extra_levels)
         codewords = [codebook.shape for codebook in quantizer.codebooks or ()]
     except SemidError:
         raise
@@ -137,6 +156,7 @@ def _training_sample(source: VectorSource, quantizer: Quantizer, config: IndexCo
 def add(
     store: Store,
     quantizer: Quantizer,
+    policy: CollisionPolicy,
     tail: Tail | None,
     vectors: Any,
     ids: Any,
@@ -168,18 +188,20 @@ def add(
     first_row, done, seen = store.next_row, 0, 0
     compress = config.vectors != "float32" or not _uses_all_bits(next(source.batches(_PROBED_ROWS)))
     with store.appending(id_type(all_ids), compress=compress) as appending:
+        placing = _Placing(policy, quantizer, appending)
         for batch in source.batches(batch_size):
             seen += len(batch)
             if good is not None:
                 batch = batch[good[seen - len(batch) : seen].to_numpy(zero_copy_only=False)]
             if len(batch):
                 rows = np.arange(first_row + done, first_row + done + len(batch))
-                columns = _encoded(batch, quantizer, tail, config, counts)
+                columns = _encoded(batch, quantizer, placing, tail, config, counts)
                 of_batch = None if table is None else table.slice(done, len(batch))
                 appending.add(ItemBatch(rows, kept[done : done + len(batch)], *columns, of_batch))
                 done += len(batch)
             if progress is not None:
                 progress(seen, source.rows, "encode and store")
+        placing.finish(store.collision_counts())
     log.info("added %d items", done)
     return kept.to_numpy() if id_type(kept) == "int" else kept.to_pylist()
 
@@ -193,18 +215,78 @@ def _uses_all_bits(vectors: Vectors) -> bool:
     return bool(np.count_nonzero(low_bits) > low_bits.size / 2)
 
 
+class _Placing:
+    """Lets the collision policy place the items of one call of ``add``, and sums up what it costs."""
+
+    def __init__(self, policy: CollisionPolicy, quantizer: Quantizer, appending: Appending) -> None:
+        self._policy, self._own, self._appending = policy, own_quantizer(quantizer), appending
+        self._passive = isinstance(policy, Share)
+        self._counts = CollisionCounts()
+        self._shape = (self._own.levels, quantizer.levels)
+
+    def place(self, proposed: Codes, vectors: Vectors) -> Codes:
+        """The codes to store, (n, levels), for those that the quantizer proposes."""
+        if self._passive:
+            return proposed
+        own_levels, levels = self._shape
+        codes = self._policy.place(Arrivals(proposed.copy(), vectors, self._own, self._appending.below))
+        if codes.shape != (len(proposed), levels) or codes.dtype.kind not in "iu":
+            raise PluginError(
+                f"The collision policy '{self._policy.name}' gave {codes.dtype} codes of shape {codes.shape}; integers "
+                f"of shape {(len(proposed), levels)} were expected. Report this to whoever wrote it."
+            )
+        self._appending.propose(proposed)
+        differs = codes[:, :own_levels] != proposed
+        moved = np.flatnonzero(differs.any(axis=1))
+        before, after = (
+            _squared_errors(vectors[moved], self._own.decode(some[moved, :own_levels])) for some in (proposed, codes)
+        )
+        self._counts += CollisionCounts(
+            items=len(codes),
+            moved=len(moved),
+            prefixes_moved=int(differs[:, :-1].any(axis=1).sum()),
+            error=float(before.sum() - after.sum()),  # count_error adds that of all items as placed
+            extra_error=float(after.sum() - before.sum()),
+        )
+        return codes
+
+    def count_error(self, vectors: Vectors, decoded: Vectors) -> None:
+        """Take note of how far items are from what their codes, as placed, decode to."""
+        if not self._passive:
+            self._counts += CollisionCounts(error=float(_squared_errors(vectors, decoded).sum()))
+
+    def finish(self, so_far: CollisionCounts) -> None:
+        """Save the sums, those of earlier calls included."""
+        if not self._passive:
+            gain = self._appending.proposed_uniqueness()
+            self._appending.save_collisions(so_far + self._counts + CollisionCounts(**asdict(gain)))
+
+
+def _squared_errors(vectors: Vectors, decoded: Vectors) -> NDArray[np.float64]:
+    """Squared distance from each vector to the decoded one: (n,)."""
+    left = vectors - decoded
+    errors: NDArray[np.float64] = np.einsum("ij,ij->i", left, left).astype(np.float64)
+    return errors
+
+
 def _encoded(
-    batch: Vectors, quantizer: Quantizer, tail: Tail | None, config: IndexConfig, counts: list[NDArray[np.int64]] | None
+    batch: Vectors,
+    quantizer: Quantizer,
+    placing: _Placing,
+    tail: Tail | None,
+    config: IndexConfig,
+    counts: list[NDArray[np.int64]] | None,
 ) -> tuple[NDArray[np.int64], NDArray[np.integer] | None, NDArray[np.float32], dict[str, NDArray[Any]]]:
     """The sids of a batch, what they have no room for, the squared lengths of the decoded vectors, what is stored."""
     layout = CodeLayout(tuple(quantizer.codebook_sizes))
     comparable = normalized(batch) if config.metric == "cosine" else batch
-    if counts is None:
-        codes = quantizer.encode(comparable)
-    else:
-        codes = quantizer.encode_within(comparable, counts)  # type: ignore[attr-defined]
+    own = own_quantizer(quantizer)
+    codes = own.encode(comparable) if counts is None else own.encode_within(comparable, counts)  # type: ignore[attr-defined]
+    codes = placing.place(codes, comparable)
+    if counts is not None:
         _count(codes, counts)
     decoded = quantizer.decode(codes)
+    placing.count_error(comparable, decoded)
     stored = to_stored(batch, config.vectors)
     if tail is not None:
         stored["tail"] = tail.encode(comparable)
@@ -214,6 +296,7 @@ def _encoded(
 
 def _code_counts(store: Store, quantizer: Quantizer) -> list[NDArray[np.int64]] | None:
     """How many items have each code, level by level, for a quantizer that limits them; None for all others."""
+    quantizer = own_quantizer(quantizer)
     if getattr(quantizer, "capacity", None) is None:
         return None
     counts = [np.zeros(size, dtype=np.int64) for size in quantizer.codebook_sizes]

@@ -29,7 +29,7 @@ from semid_index.arguments import (
 )
 from semid_index.errors import SemidError
 from semid_index.output import BINARY, Format, write, write_record
-from semid_index.views import stats_view, trace_view
+from semid_index.views import report_view, stats_view, trace_view
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -240,6 +240,13 @@ def build(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A further option of the quantizer or the index.", show_default=False),
     ] = None,
+    collisions: Annotated[
+        str, typer.Option(metavar="NAME", help="What happens to items that share an ID; semid plugins lists all.")
+    ] = "share",
+    collision_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of that policy, such as items=5.", show_default=False),
+    ] = None,
     on_bad_vectors: OnBadVectors = "error",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an index that is there, once the new one is complete.")
@@ -252,6 +259,7 @@ def build(
     - `semid build vectors.npy --ids ids.txt -o catalog.duckdb --levels 4`
     - `semid build vectors.npy --metadata items.parquet --id-column sku -o catalog.duckdb`
     - `semid build items.parquet --id-column sku --column embedding -o catalog.duckdb`
+    - `semid build vectors.npy -o catalog.duckdb --collisions capacity --collision-option items=5`
     """
     import semid_index as semid
     from semid_index.vectors import open_vectors
@@ -260,10 +268,18 @@ def build(
     table = read_table(metadata)
     item_ids = read_item_ids(ids, id_column, table, vectors)
     settings = {"levels": levels, "codebook_size": parse_sizes(codebook_size), **parse_options(option)}
+    policy = {"policy": collisions, **parse_options(collision_option, flag="--collision-option", example="items=5")}
     with (
         complete_or_nothing(output, overwrite=overwrite) as path,
         semid.create(
-            path, dim=source.dim, metric=metric, quantizer=quantizer, vectors=stored, seed=seed, **settings
+            path,
+            dim=source.dim,
+            metric=metric,
+            quantizer=quantizer,
+            vectors=stored,
+            seed=seed,
+            collisions=policy,
+            **settings,
         ) as index,
     ):
         index.train(source, sample=sample, progress=bars(quiet))
@@ -432,6 +448,122 @@ def stats(index: IndexFile, format: OutputFormat = None) -> None:
     with semid.open(index, read_only=True) as opened:
         record = opened.stats()
     write_record(record, format, lambda: stats_view(record))
+
+
+@app.command()
+def report(
+    index: Annotated[
+        Path | None, typer.Argument(metavar="INDEX", help="The file of an index.", show_default=False)
+    ] = None,
+    ids: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Instead of an index: IDs that others made, in a table or .npy.", show_default=False
+        ),
+    ] = None,
+    vectors: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --ids: the vectors of the items. With an index: vectors held out from training.",
+            show_default=False,
+        ),
+    ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Metadata to compare with; may be repeated. If left out, up to 3 columns are chosen.",
+            show_default=False,
+        ),
+    ] = None,
+    labels_from: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --ids: the table with the labels.", show_default=False),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="An earlier version, index or IDs, to see what changed.", show_default=False),
+    ] = None,
+    id_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Joins tables by the items they name; else row by row.", show_default=False),
+    ] = None,
+    ids_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The column with the IDs, in --ids and --against.", show_default=False),
+    ] = None,
+    column: Column = None,
+    k: Annotated[int, typer.Option("-k", "--k", help="Neighbours to look for.")] = 10,
+    queries: Annotated[int, typer.Option(help="Items to look for neighbours of.")] = 1_000,
+    metric: Annotated[
+        Literal["l2", "cosine", "ip"] | None, typer.Option(help="With --ids: what nearest means.", show_default="l2")
+    ] = None,
+    levels: Annotated[
+        int | None, typer.Option(help="With --ids: measure only the first codes.", show_default=False)
+    ] = None,
+    codebook_size: Annotated[
+        str | None,
+        typer.Option(help="With --ids: codewords a level. If left out, as the largest codes say.", show_default=False),
+    ] = None,
+    unordered: Annotated[
+        bool, typer.Option("--unordered", help="With --ids: the codes have no order from coarse to fine, as OPQ's.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write a page with plots, .html.", show_default=False),
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write the plots as .png files.", show_default=False)
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIGURE<LIMIT", help="Exit code 1 unless this holds; may be repeated.", show_default=False
+        ),
+    ] = None,
+    format: OutputFormat = None,
+    quiet: Quiet = False,
+) -> None:
+    """Tell how good semantic IDs are: meaning, neighbours, collisions, error, balance, memory.
+
+    `--require` takes a figure, one of `< <= > >= ==` and a number. Figures: `recall@10`, `probe_recall@0.01`,
+    `section.purity_1`, `section.lift_2`, `shared`, `collision_rate`, `relative_error`, `gini_1` and more; a wrong name
+    lists them all.
+
+    - `semid report catalog.duckdb --labels section -o report.html`
+    - `semid report catalog.duckdb --require 'collision_rate<0.05' --require 'recall@10>0.3'`
+    - `semid report --ids ids.parquet --vectors vectors.npy --labels-from items.parquet --labels category`
+    """
+    from semid_index.report.command import Source, check_requests, measure_ids, measure_index, unmet
+
+    only_ids = {
+        "--labels-from": labels_from,
+        "--metric": metric,
+        "--levels": levels,
+        "--codebook-size": codebook_size,
+        "--unordered": unordered or None,
+    }
+    check_requests(index, ids, only_ids, require, draws=bool(output or plots))
+    earlier = None if against is None else Source(against, ids_column, id_column, levels)
+    shared: dict[str, Any] = {"vectors": vectors, "column": column, "labels": labels, "against": earlier}
+    shared |= {"k": k, "queries": queries, "progress": bars(quiet)}
+    if index is not None:
+        measured = measure_index(index, **shared)
+    elif ids is not None:
+        measured = measure_ids(
+            Source(ids, ids_column, id_column, levels),
+            metric=metric or "l2",
+            codebook_sizes=None if codebook_size is None else parse_sizes(codebook_size),
+            hierarchical=not unordered,
+            labels_from=labels_from,
+            **shared,
+        )
+    measured.write(output, plots)
+    write_record(measured.report.to_dict(), format, lambda: report_view(measured.report))
+    if sentences := unmet(measured.report, require):
+        sys.stderr.write("".join(f"not met: {sentence}\n" for sentence in sentences))
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -7,11 +7,14 @@ Each hook receives ``register``; call it none, one or many times.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from semid_index.quantizer import Quantizer
+
+if TYPE_CHECKING:
+    from semid_index.collisions import CollisionPolicy
 
 hookspec = pluggy.HookspecMarker("semid_index")
 hookimpl = pluggy.HookimplMarker("semid_index")
@@ -28,8 +31,8 @@ def semid_register_executors(register: Callable[[type[Any]], None]) -> None:
 
 
 @hookspec
-def semid_register_collision_policies(register: Callable[[type[Any]], None]) -> None:
-    """Offer policies for items that share an ID: ``register(MyPolicy)``."""
+def semid_register_collision_policies(register: Callable[[type[CollisionPolicy]], None]) -> None:
+    """Offer policies for items that share an ID: ``register(MyPolicy)``. See :mod:`semid_index.collisions`."""
 
 
 @hookspec

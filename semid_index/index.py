@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
@@ -23,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semid_index import build
-from semid_index.codes import check_prefix, format_id, parse_prefix
+from semid_index.codes import check_prefix, format_id, parse_prefix, unpack
+from semid_index.collisions import CollisionPolicy, Share, own_quantizer
 from semid_index.errors import (
     InvalidArgumentError,
     InvalidCodesError,
@@ -36,22 +38,37 @@ from semid_index.errors import (
 from semid_index.filters import check_filter
 from semid_index.items import as_ids, check_count, id_type
 from semid_index.metrics import check_metric, normalized
-from semid_index.plugins import quantizer_class
+from semid_index.plugins import collision_policy_class, quantizer_class
 from semid_index.progress import progress_callback
 from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
 from semid_index.quantizers.tail import Tail
-from semid_index.records import IndexConfig, SearchResult, SearchTrace, Shelf, Tier, TrainReport
+from semid_index.records import (
+    CollisionReport,
+    IndexConfig,
+    SearchResult,
+    SearchTrace,
+    Shelf,
+    Tier,
+    TrainReport,
+    Uniqueness,
+)
+from semid_index.report.id_files import codes_of_array
+from semid_index.report.inputs import MOST_VALUES, StoredVectors, choose_labels, earlier_codes, label_columns
+from semid_index.report.quality import quality
+from semid_index.report.records import QualityReport
 from semid_index.rerank import FileVectors
 from semid_index.search import SearchRequest, SearchState, search
 from semid_index.store import Store, fixed_size_list
-from semid_index.vectors import as_queries, as_vectors
+from semid_index.vectors import as_queries, as_vectors, open_vectors
 
 if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
+    import sqlalchemy
 
 Device = str | int
 _LARGEST_DIM = 65_536
+_HELD_OUT = 20_000  # vectors to measure the error on, of those held out
 
 
 def create(
@@ -68,6 +85,7 @@ def create(
     overwrite: bool = False,
     tail: int | None = None,
     leaf_size: int | None = None,
+    collisions: str | Mapping[str, Any] = "share",
     **options: Any,
 ) -> SemanticIndex:
     """Make a new index, in a DuckDB file or, without a path, in memory.
@@ -76,8 +94,9 @@ def create(
     plugins`` lists. ``levels``, ``codebook_size``: the shape of the semantic IDs; ``codebook_size`` may be a list,
     one size per level. ``vectors``: what is stored for exact distances: "float32", "float16", "int8" or "none".
     ``tail``: 4-bit codes per item for quick scanning (0 for none; by default one for every 2 to 8 dimensions).
-    ``leaf_size``: items that are searched together. Further options go to the quantizer. Raises
-    :class:`IndexExistsError` if the file exists, unless ``overwrite``.
+    ``leaf_size``: items that are searched together. ``collisions``: what happens to items that share an ID, the name of
+    a policy or a mapping with its options, such as ``{"policy": "capacity", "items": 5}``. Further options go to the
+    quantizer. Raises :class:`IndexExistsError` if the file exists, unless ``overwrite``.
     """
     _check_device(device)
     if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not 1 <= dim <= _LARGEST_DIM:
@@ -97,8 +116,11 @@ def create(
     tier: Tier = vectors  # type: ignore[assignment]
     if tail is None and tier == "none":
         tail = 0  # whoever wants no vectors wants a small index
-    config = IndexConfig(int(dim), check_metric(metric), quantizer, made.get_config(), int(seed), tier, tail, leaf_size)
-    return SemanticIndex(Store.create(path, config, overwrite=overwrite), made, None)
+    policy = _make_policy(collisions)
+    policy.check(made)
+    shape = made.get_config(), int(seed), tier, tail, leaf_size
+    config = IndexConfig(int(dim), check_metric(metric), quantizer, *shape, _policy_config(policy))
+    return SemanticIndex(Store.create(path, config, overwrite=overwrite), made, None, policy)
 
 
 def open(
@@ -119,16 +141,17 @@ def open(
     store = Store.open(path, read_only=read_only)
     try:
         config = store.config
-        kind = quantizer_class(config.quantizer, hint=f"{path} was built with it: install the package that offers it.")
+        hint = f"{path} was built with it: install the package that offers it."
+        kind = quantizer_class(config.quantizer, hint=hint)
+        policy = _make_policy(config.collisions, hint=hint)
         if not store.is_trained:
-            return SemanticIndex(
-                store, _make_quantizer(kind, dict(config.quantizer_config)), None, vectors_in=vectors_in
-            )
-        quantizer, tail = build.restore(store, kind)
+            made = _make_quantizer(kind, dict(config.quantizer_config))
+            return SemanticIndex(store, made, None, policy, vectors_in=vectors_in)
+        quantizer, tail = build.restore(store, kind, policy)
     except BaseException:
         store.close()
         raise
-    return SemanticIndex(store, quantizer, tail, vectors_in=vectors_in)
+    return SemanticIndex(store, quantizer, tail, policy, vectors_in=vectors_in)
 
 
 class SemanticIndex:
@@ -139,13 +162,21 @@ class SemanticIndex:
     """
 
     def __init__(
-        self, store: Store, quantizer: Quantizer, tail: Tail | None, *, vectors_in: Literal["memory", "file"] = "memory"
+        self,
+        store: Store,
+        quantizer: Quantizer,
+        tail: Tail | None,
+        policy: CollisionPolicy,
+        *,
+        vectors_in: Literal["memory", "file"] = "memory",
     ) -> None:
         self._store = store
+        self._policy = policy
         self._quantizer = quantizer
         self._tail = tail
         self._vectors_in: Literal["memory", "file"] = vectors_in
         self._state: SearchState | None = None
+        self._engine: sqlalchemy.Engine | None = None
         self._lock = RLock()
         self.config = store.config
 
@@ -160,7 +191,9 @@ class SemanticIndex:
         ``progress``: True shows bars on stderr; a function is called with (done, total, what).
         """
         with self._lock, progress_callback(progress) as report:
-            result, self._tail = build.train(self._store, self._quantizer, vectors, sample=sample, progress=report)
+            result, self._quantizer, self._tail = build.train(
+                self._store, self._quantizer, self._policy, vectors, sample=sample, progress=report
+            )
             self.config = self._store.config
         return result
 
@@ -185,6 +218,7 @@ class SemanticIndex:
             added = build.add(
                 self._store,
                 self._quantizer,
+                self._policy,
                 self._tail,
                 vectors,
                 ids,
@@ -254,7 +288,10 @@ class SemanticIndex:
     # -- codes and prefixes -------------------------------------------------------------------------------------------
 
     def encode(self, vectors: Any) -> Codes:
-        """The codes that vectors (n, dim) would get: (n, levels). Stores nothing."""
+        """The codes of vectors (n, dim): (n, levels). Stores nothing.
+
+        They are those that the quantizer proposes: the collision policy is not asked, and a level that it adds is 0.
+        """
         self._check_trained()
         matrix = as_vectors(vectors, dim=self.config.dim)
         self._check_usable(matrix, "vector")
@@ -322,6 +359,19 @@ class SemanticIndex:
         """
         return self._store.cursor().sql(query, params=params)
 
+    def engine(self) -> sqlalchemy.Engine:
+        """An SQLAlchemy engine over the index's own connection, until the index is closed. Always the same one.
+
+        ``semid_index.sql`` has the tables, and what is said about semantic IDs in a query. Your own tables may be
+        written; ``semid_*`` tables may not, and of ``items`` only the columns with metadata.
+        """
+        from semid_index.sql import engine_of  # SQLAlchemy takes a while to import
+
+        with self._lock:
+            if self._engine is None:
+                self._engine = engine_of(self._store)
+            return self._engine
+
     def stats(self) -> dict[str, Any]:
         """What the index is and what it costs, in plain values."""
         items = len(self)
@@ -338,13 +388,15 @@ class SemanticIndex:
         if not self._store.is_trained:
             return stats
         layout = self._store.layout
+        collisions = self._collisions()
         file_bytes = self._store.file_bytes()
-        code_bytes = sum(codebook.nbytes for codebook in self._quantizer.codebooks or ())
+        code_bytes = sum(codebook.nbytes for codebook in own_quantizer(self._quantizer).codebooks or ())
         stats |= {
             "levels": layout.levels,
             "codebook_sizes": list(layout.codebook_sizes),
             "tail": config.tail,
-            "items_sharing_an_id": self._store.shared_ids(),
+            "items_sharing_an_id": items - collisions.after.alone,
+            "collisions": asdict(collisions),
             "train_report": self._store.meta("train_report"),
             "code_bytes_per_item": layout.bytes_per_item,
             "float32_bytes_per_item": 4 * config.dim,
@@ -359,11 +411,57 @@ class SemanticIndex:
             stats["memory_bytes"] = state.memory()
         return stats
 
+    def report(
+        self,
+        vectors: Any = None,
+        *,
+        labels: Mapping[str, Any] | Sequence[str] | None = None,
+        against: SemanticIndex | tuple[Any, Any] | None = None,
+        k: int = 10,
+        queries: int = 1_000,
+        progress: bool | ProgressCallback = False,
+    ) -> QualityReport:
+        """How good the IDs of the items are: meaning, neighbourhood, collisions, error, balance, memory.
+
+        The items' own vectors are those stored; with ``vectors="none"`` there are none, and all that needs them is
+        left out. ``vectors``: further vectors (n, dim), held out from training, on which the error is measured, too;
+        an array, an Arrow column or table, or the path of a file. ``labels``: columns of ``items``, or values by name,
+        one for each item in the order they were added; by default up to three columns with 2 to 1,000 values.
+        ``against``: an earlier version, an index or a pair (ids, codes), to see what changed. ``k``, ``queries``:
+        neighbours to look for, and how many items to look for them with.
+        """
+        self._check_trained()
+        if not len(self):
+            raise InvalidArgumentError("The index has no items to report on. Add some with index.add(vectors).")
+        check_count("k", k)
+        check_count("queries", queries)
+        with self._lock, progress_callback(progress) as callback:
+            layout, config = self._store.layout, self.config
+            codes, ids = self._codes_and_ids()
+            return quality(
+                codes,
+                layout.codebook_sizes,
+                vectors=None if config.vectors == "none" else StoredVectors(self._store),
+                decode=self._quantizer.decode,
+                codebooks=self._quantizer.codebooks,
+                labels=self._labels(labels),
+                held_out=None if vectors is None else self._held_out(vectors),
+                previous=None if against is None else earlier_codes(ids, *_version(against), "The earlier version"),
+                k=k,
+                queries=queries,
+                metric=config.metric,
+                hierarchical=self._quantizer.hierarchical,
+                bytes_per_item=self._store.file_bytes() / len(self) or None,
+                progress=callback,
+            )
+
     # -- housekeeping -------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Release the file. Closing twice is allowed."""
         self._state = None
+        if self._engine is not None:
+            self._engine.dispose()
         self._store.close()
 
     def __enter__(self) -> Self:
@@ -409,6 +507,55 @@ class SemanticIndex:
                 self._state = state.prepare()
             return self._state
 
+    def _codes_and_ids(self) -> tuple[Codes, pa.Array]:
+        """The codes and ids of all items, in the order they were added."""
+        stored = self._store.codes()
+        order = np.argsort(stored.rows)
+        codes = unpack(stored.sids, self._store.layout, stored.rest)
+        return codes[order], self._store.ids().take(order)
+
+    def _held_out(self, vectors: Any) -> tuple[Codes, Vectors]:
+        """Codes and vectors of (at most 20,000 of) the rows."""
+        source = open_vectors(vectors)
+        if not source.rows:
+            raise InvalidVectorsError("There are no held-out vectors: the array has 0 rows. Give one or more.")
+        sample = source.sample(min(source.rows, _HELD_OUT), seed=self.config.seed)
+        matrix = as_vectors(sample, dim=self.config.dim, what="held-out vectors")
+        self._check_usable(matrix, "held-out vector")
+        matrix = normalized(matrix) if self.config.metric == "cosine" else matrix
+        return self._quantizer.encode(matrix), matrix
+
+    def _labels(self, labels: Mapping[str, Any] | Sequence[str] | None) -> Mapping[str, Any]:
+        """Labels by name, each in the order the items were added."""
+        if isinstance(labels, Mapping):
+            return labels
+        if isinstance(labels, str):
+            raise InvalidArgumentError(f"labels are a list of columns or a mapping. Write labels=['{labels}'].")
+        columns = [name for name in self._store.item_columns() if name != "id"]
+        if labels is None and columns:
+            schema = self._store.all_items(columns, limit=0).schema
+            labels = choose_labels(schema, lambda name: self._store.value_counts(name, limit=MOST_VALUES + 1))
+        if unknown := [name for name in labels or () if name not in columns]:
+            listed = ", ".join(f"'{name}'" for name in columns) or "none"
+            raise InvalidArgumentError(f"The items have no column '{unknown[0]}'. They have {listed}.")
+        return label_columns(self._store.all_items(labels)) if labels else {}
+
+    def _collisions(self) -> CollisionReport:
+        """What the collision policy achieved, and its price."""
+        done, after, passive = self._store.collision_counts(), self._store.uniqueness(), isinstance(self._policy, Share)
+        return CollisionReport(
+            policy=self._policy.name,
+            items=len(self),
+            moved=done.moved,
+            prefix_kept=1 - done.prefixes_moved / max(done.items, 1),
+            error=None if passive else done.error,
+            extra_error=done.extra_error,
+            relative_extra_error=done.extra_error / (done.error or 1.0),
+            before=after if passive else Uniqueness(done.ids, max(done.alone, 0), done.largest),
+            after=after,
+            unique=after.ids == len(self) if self._policy.promises_unique else None,
+        )
+
     def _check_trained(self) -> None:
         if not self._store.is_trained:
             raise NotTrainedError("The index is not trained. Call index.train(vectors) and index.add(vectors) first.")
@@ -453,13 +600,43 @@ class SemanticIndex:
         return fixed_size_list(FileVectors(self._store, rows, self.config.metric).take(slice(None)))
 
 
+def _version(against: SemanticIndex | tuple[Any, Any]) -> tuple[pa.Array, Codes]:
+    """The ids and codes of an earlier version."""
+    if isinstance(against, SemanticIndex):
+        codes, ids = against._codes_and_ids()
+        return ids, codes
+    ids, codes = against
+    matrix = np.asarray(codes)
+    return as_ids(ids, count=len(matrix)), codes_of_array(matrix, "The earlier version")
+
+
 def _make_quantizer(kind: type[Quantizer], options: dict[str, Any]) -> Quantizer:
+    _check_options(kind, options)
+    return kind(**options)
+
+
+def _make_policy(collisions: str | Mapping[str, Any], *, hint: str = "semid plugins lists them.") -> CollisionPolicy:
+    """The collision policy of this name, or of a mapping ``{"policy": name, option: value, ...}``."""
+    options = dict(collisions) if isinstance(collisions, Mapping) else {"policy": collisions}
+    if "policy" not in options:
+        raise InvalidArgumentError("collisions needs the name of a policy, such as {'policy': 'capacity', 'items': 5}.")
+    kind = collision_policy_class(options.pop("policy"), hint=hint)
+    _check_options(kind, options)
+    return kind(**options)
+
+
+def _policy_config(policy: CollisionPolicy) -> dict[str, Any]:
+    return {"policy": policy.name, **policy.get_config()}
+
+
+def _check_options(kind: type[Quantizer] | type[CollisionPolicy], options: Mapping[str, Any]) -> None:
+    """Refuse options that a class does not take."""
     known = inspect.signature(kind).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in known.values())
     unknown = [] if takes_any else sorted(set(options) - set(known))
     if unknown:
-        raise InvalidArgumentError(f"'{kind.name}' has no option '{unknown[0]}'. Its options: {', '.join(known)}.")
-    return kind(**options)
+        options_of_it = f"Its options: {', '.join(known)}" if known else "It has none"
+        raise InvalidArgumentError(f"'{kind.name}' has no option '{unknown[0]}'. {options_of_it}.")
 
 
 def _check_device(device: Device) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pluggy
 
 from semid_index import hookspecs
+from semid_index.collisions import CollisionPolicy
 from semid_index.errors import InvalidArgumentError, PluginError, UnknownNameError
 from semid_index.quantizer import Quantizer
 
@@ -23,8 +24,13 @@ GROUP = "semid_index"
 DEFAULT_PLUGINS = (
     "semid_index.quantizers.rq",
     "semid_index.quantizers.balanced_rq",
+    "semid_index.quantizers.vq",
     "semid_index.quantizers.pq",
     "semid_index.quantizers.scalar",
+    "semid_index.quantizers.opq",
+    "semid_index.quantizers.additive",
+    "semid_index.quantizers.bits",
+    "semid_index.collisions",
 )
 _KINDS = {
     "quantizer": "semid_register_quantizers",
@@ -97,12 +103,23 @@ def installed() -> Plugins:
 
 def quantizer_class(name: str, *, hint: str = "semid plugins lists them.") -> type[Quantizer]:
     """The quantizer of this name; if there is none, the error ends with ``hint``."""
-    available: dict[str, type[Quantizer]] = installed().named("quantizer")
+    hint = f"Run: pip install {PACKAGES[name]}" if isinstance(name, str) and name in PACKAGES else hint
+    kind: type[Quantizer] = _offered("quantizer", name, "quantizer", hint)
+    return kind
+
+
+def collision_policy_class(name: str, *, hint: str = "semid plugins lists them.") -> type[CollisionPolicy]:
+    """The collision policy of this name; if there is none, the error ends with ``hint``."""
+    kind: type[CollisionPolicy] = _offered("collision policy", name, "collisions", hint)
+    return kind
+
+
+def _offered(kind: str, name: str, argument: str, hint: str) -> Any:
+    available = installed().named(kind)
     if not isinstance(name, str):
-        raise InvalidArgumentError(f"quantizer must be a name, one of {', '.join(sorted(available))}, not {name!r}.")
+        raise InvalidArgumentError(f"{argument} must be a name, one of {', '.join(sorted(available))}, not {name!r}.")
     if name not in available:
-        hint = f"Run: pip install {PACKAGES[name]}" if name in PACKAGES else hint
-        raise UnknownNameError("quantizer", name, available, hint=hint)
+        raise UnknownNameError(kind, name, available, hint=hint)
     return available[name]
 
 

@@ -60,8 +60,12 @@ class Quantizer(ABC):
         """Learn from vectors of shape (n, dim), keep it in ``learned``, and return itself."""
 
     @abstractmethod
-    def encode(self, vectors: Vectors, *, beam: int = 1) -> Codes:
-        """The codes of each vector: (n, dim) float32 in, (n, levels) int32 out."""
+    def encode(self, vectors: Vectors, *, beam: int | None = None) -> Codes:
+        """The codes of each vector: (n, dim) float32 in, (n, levels) int32 out.
+
+        ``beam`` is how many partial codes to keep while searching for good ones, where there is something to search
+        for; None for what the quantizer was made with.
+        """
 
     @abstractmethod
     def decode(self, codes: Codes) -> Vectors:

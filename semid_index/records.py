@@ -36,6 +36,8 @@ class IndexConfig:
     """4-bit codes per item that sharpen distances during the scan; 0 for none, None until training chooses."""
     leaf_size: int | None
     """Leaves hold at most about this many items; None to go by the number of items."""
+    collisions: Mapping[str, Any] = field(default_factory=lambda: {"policy": "share"})
+    """What happens to items that share an ID: the name of a policy, and its options."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,18 @@ class LevelReport:
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """What refining the codebooks of a residual quantizer did to its training vectors, encoded as the index will."""
+
+    rounds: int
+    error_before: float
+    """Mean squared error."""
+    error_after: float
+    changed: tuple[float, ...]
+    """Share of the vectors whose first 1, 2, ... codes are others than before."""
+
+
+@dataclass(frozen=True)
 class TrainReport:
     """What ``train`` did."""
 
@@ -63,6 +77,65 @@ class TrainReport:
     seconds: float
     levels: tuple[LevelReport, ...]
     """Measured on (at most 20,000 of) the training vectors; empty for quantizers without codebooks."""
+    refinement: Refinement | None = None
+    """What refining the codebooks did, where they were refined."""
+
+
+@dataclass(frozen=True)
+class Uniqueness:
+    """How far IDs tell items apart."""
+
+    ids: int
+    """Different IDs in use."""
+    alone: int
+    """Items that have an ID of their own."""
+    largest: int
+    """Items that share the ID that most items have."""
+
+
+@dataclass(frozen=True)
+class CollisionCounts:
+    """What a collision policy did, summed up over all calls of ``add``; kept in the index."""
+
+    items: int = 0
+    moved: int = 0
+    prefixes_moved: int = 0
+    error: float = 0.0
+    extra_error: float = 0.0
+    ids: int = 0
+    alone: int = 0
+    largest: int = 0
+
+    def __add__(self, other: CollisionCounts) -> CollisionCounts:
+        sums = {name: value + getattr(other, name) for name, value in vars(self).items()}
+        return CollisionCounts(**{**sums, "largest": max(self.largest, other.largest)})
+
+
+@dataclass(frozen=True)
+class CollisionReport:
+    """What the collision policy of an index achieved, and its price."""
+
+    policy: str
+    items: int
+    """Items in the index."""
+    moved: int
+    """Items that have another code than the quantizer proposed. A level that the policy adds does not count."""
+    prefix_kept: float
+    """The share of items whose codes are as proposed at all levels but the quantizer's last."""
+    error: float | None
+    """The sum of squared distances between the vectors and what the quantizer's own codes decode to; None for "share",
+    which does not look."""
+    extra_error: float
+    """What moving items added to it."""
+    relative_extra_error: float
+    """The same, divided by ``error``."""
+    before: Uniqueness
+    """As the quantizer alone would have it. After several calls of ``add`` nearly so: each is compared with the index
+    as it was before."""
+    after: Uniqueness
+    """As it is."""
+    unique: bool | None
+    """Whether every item has an ID of its own; None for a policy that does not promise it."""
 
 
 @dataclass(frozen=True)

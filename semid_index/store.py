@@ -10,7 +10,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semid_index import tables
-from semid_index.codes import CodeLayout, Prefix, prefix_range, unpack
+from semid_index.codes import CodeLayout, Prefix, pack, pack_rest, prefix_range, unpack
+from semid_index.collisions import Below
 from semid_index.errors import (
     RESTORE,
     CorruptIndexError,
@@ -40,7 +41,8 @@ from semid_index.errors import (
     StorageError,
 )
 from semid_index.filters import CheckedFilter
-from semid_index.records import IdType, IndexConfig
+from semid_index.macros import IndexShape, create_macros, encodes_greedily
+from semid_index.records import CollisionCounts, IdType, IndexConfig, Uniqueness
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -103,7 +105,8 @@ class Store:
         try:
             with store.writing() as cursor:
                 tables.migrate(cursor.execute, found=0)
-                _write_meta(cursor, format_version=tables.FORMAT_VERSION, config=asdict(config), next_row=0)
+                settings = {"config": asdict(config), "next_row": 0, "collisions": None}
+                _write_meta(cursor, format_version=tables.FORMAT_VERSION, **settings)
         except BaseException:
             store.close()
             if file is not None:
@@ -124,6 +127,8 @@ class Store:
                 with store.writing() as cursor:
                     tables.migrate(cursor.execute, found)
                     _write_meta(cursor, format_version=tables.FORMAT_VERSION)
+                    if store.is_trained:
+                        _create_macros(cursor, store.config, store.layout, hierarchical=store.hierarchical)
         except BaseException:
             store.close()
             raise
@@ -214,7 +219,10 @@ class Store:
                     plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
                     values = [name, plain.dtype.str, list(array.shape), plain.tobytes()]
                     cursor.execute("INSERT INTO semid_array VALUES (?, ?, ?, ?)", values)
+            if codebooks and hierarchical:
+                tables.create_bucket_table(cursor.execute)
             _create_item_tables(cursor, config, layout, "int", hierarchical=hierarchical)
+            _create_macros(cursor, config, layout, hierarchical=hierarchical)
 
     @contextmanager
     def appending(self, id_type: IdType, *, compress: bool = True) -> Iterator[Appending]:
@@ -433,10 +441,27 @@ class Store:
             wanted=wanted,
         )
 
-    def shared_ids(self) -> int:
-        """How many items share their semantic ID with another item."""
-        shared = f"SELECT count(*) AS n FROM semid_codes GROUP BY {self._id_order} HAVING n > 1"
-        return int(self._fetch(f"SELECT coalesce(sum(n), 0) FROM ({shared})")[0][0])
+    def all_items(self, columns: Iterable[str], *, limit: int | None = None) -> pa.Table:
+        """The named columns (one or more) of ``items`` for all items, or the first ones, in the order of rows."""
+        names = ", ".join(f"i.{tables.quoted(name)}" for name in columns)
+        few = "" if limit is None else f" LIMIT {limit}"
+        return self.arrow(f"SELECT {names} FROM semid_codes c JOIN items i ON i.id = c.id ORDER BY c.row{few}")
+
+    def value_counts(self, column: str, *, limit: int) -> list[int]:
+        """How many items have each value of a column of ``items``, at most ``limit`` values; none for NULL."""
+        name = tables.quoted(column)
+        found = self._fetch(f"SELECT count(*) FROM items WHERE {name} IS NOT NULL GROUP BY {name} LIMIT {limit}")
+        return [int(count) for (count,) in found]
+
+    def uniqueness(self) -> Uniqueness:
+        """How far IDs tell items apart."""
+        ids = f"SELECT count(*) AS n FROM semid_codes GROUP BY {self._id_order}"
+        found = self._fetch(f"SELECT count(*), count(*) FILTER (n = 1), coalesce(max(n), 0) FROM ({ids})")
+        return Uniqueness(*found[0])
+
+    def collision_counts(self) -> CollisionCounts:
+        """What the collision policy did in all calls of ``add``."""
+        return CollisionCounts(**self.meta("collisions") or {})
 
     def file_bytes(self) -> int:
         """The size of the file with its write-ahead log; 0 for an index in memory."""
@@ -448,7 +473,7 @@ class Store:
         """Bytes of the file's data blocks, column by column (``table.column``), after a checkpoint."""
         sizes: dict[str, int] = {}
         block = int(self._fetch("SELECT block_size FROM pragma_database_size() LIMIT 1")[0][0])
-        for table in ("semid_codes", "semid_vectors", "items", "semid_codebook", "semid_array"):
+        for table in ("semid_codes", "semid_vectors", "items", "semid_codebook", "semid_buckets", "semid_array"):
             if self._has_table(table):
                 found = self._fetch(
                     "SELECT column_name, count(DISTINCT block) FROM (SELECT column_name, "
@@ -518,6 +543,7 @@ class Appending:
     def __init__(self, cursor: duckdb.DuckDBPyConnection, layout: CodeLayout) -> None:
         self._cursor = cursor
         self._layout = layout
+        self._proposed_levels: int | None = None
         self.next_row = 0
         cursor.execute(
             "CREATE OR REPLACE TEMP TABLE semid_staged AS SELECT * EXCLUDE (dup_rank) FROM semid_codes LIMIT 0"
@@ -540,6 +566,57 @@ class Appending:
         self._add_metadata(batch)
         self.next_row = int(batch.rows[-1]) + 1
 
+    def below(self, prefixes: NDArray[np.integer]) -> Below:
+        """Who is below each of some prefixes (m, depth), items that are staged included."""
+        import pyarrow as pa
+
+        depth = prefixes.shape[1]
+        keys = _key_expressions(self._layout, depth)
+        ids = "sid, sid_rest" if self._layout.rest_levels else "sid"
+        wanted = {"prefix": np.arange(len(prefixes)), **_key_columns(prefixes, self._layout)}
+        found = _read_over(
+            self._cursor,
+            pa.table(wanted),
+            f"SELECT prefix, {_next_code(self._layout, depth)} AS code, count(*) AS items "
+            f"FROM (SELECT {ids} FROM semid_codes UNION ALL SELECT {ids} FROM semid_staged) AS c "
+            f"JOIN batch ON {' AND '.join(f'{sql} = batch.{name}' for name, sql in keys.items())} GROUP BY ALL",
+        )
+        return Below(*(found[name].to_numpy().astype(np.int64) for name in Below._fields))
+
+    def propose(self, codes: NDArray[np.int32]) -> None:
+        """Take note of what the quantizer proposes for some items, (n, L), for :meth:`proposed_uniqueness`."""
+        import pyarrow as pa
+
+        batch = pa.table(_key_columns(codes, self._layout))
+        if self._proposed_levels is None:
+            self._proposed_levels = codes.shape[1]
+            _run_over(self._cursor, batch, "CREATE OR REPLACE TEMP TABLE semid_proposed AS FROM batch LIMIT 0")
+        _run_over(self._cursor, batch, "INSERT INTO semid_proposed FROM batch")
+
+    def proposed_uniqueness(self) -> Uniqueness:
+        """What the proposals would add to the IDs in use and to the items alone; the largest group they would make."""
+        if self._proposed_levels is None:
+            return Uniqueness(0, 0, 0)
+        keys = _key_expressions(self._layout, self._proposed_levels)
+        names = ", ".join(f"key_{name}" for name in keys)
+        old = ", ".join(f"{sql} AS key_{name}" for name, sql in keys.items())
+        new = ", ".join(f"{name} AS key_{name}" for name in keys)
+        found = self._cursor.execute(f"""
+            WITH new AS (SELECT {new}, count(*) AS n FROM semid_proposed GROUP BY ALL),
+                 old AS (SELECT {names}, count(*) AS n FROM (SELECT {old} FROM semid_codes AS c) GROUP BY ALL)
+            SELECT count(*) FILTER (old.n IS NULL),
+                   count(*) FILTER (old.n IS NULL AND new.n = 1) - count(*) FILTER (old.n = 1),
+                   max(new.n + coalesce(old.n, 0))
+            FROM new LEFT JOIN old USING ({names})
+            """).fetchall()
+        self._cursor.execute("DROP TABLE semid_proposed")
+        self._proposed_levels = None
+        return Uniqueness(*found[0])
+
+    def save_collisions(self, counts: CollisionCounts) -> None:
+        """What the collision policy did, this time included."""
+        _write_meta(self._cursor, collisions=asdict(counts))
+
     def finish(self) -> None:
         """Move the staged codes into ``semid_codes`` in the order of their sids, and number those that share one."""
         key = ["sid", "sid_rest"] if self._layout.rest_levels else ["sid"]
@@ -555,6 +632,7 @@ class Appending:
             FROM semid_staged AS staged LEFT JOIN old ON {same}
             ORDER BY {staged}, staged.row
             """)
+        tables.add_buckets(self._cursor.execute, self._layout, "semid_staged")
         self._cursor.execute("DROP TABLE semid_staged")
 
     def _add_metadata(self, batch: ItemBatch) -> None:
@@ -601,6 +679,37 @@ class Appending:
             )
 
 
+def _key_expressions(layout: CodeLayout, depth: int) -> dict[str, str]:
+    """SQL over the codes ``c`` for the first ``depth`` levels: columns that are equal where those levels are."""
+    if depth <= layout.packed_levels:
+        return {"sid": f"(c.sid >> {layout.shifts[depth - 1]})" if depth else "0"}
+    return {"sid": "c.sid", "rest": f"c.sid_rest[:{depth - layout.packed_levels}]"}
+
+
+def _key_columns(prefixes: NDArray[np.integer], layout: CodeLayout) -> dict[str, Any]:
+    """The same columns for prefixes of an index with this layout, (n, depth)."""
+    import pyarrow as pa
+
+    depth = prefixes.shape[1]
+    if not depth:
+        return {"sid": np.zeros(len(prefixes), dtype=np.int64)}
+    part = CodeLayout(layout.codebook_sizes[:depth])
+    keys: dict[str, Any] = {"sid": pack(prefixes, part)}
+    if part.rest_levels:
+        rest = fixed_size_list(pack_rest(prefixes, part).astype(layout.rest_dtype))
+        keys["rest"] = rest.cast(pa.list_(rest.type.value_type))
+    return keys
+
+
+def _next_code(layout: CodeLayout, depth: int) -> str:
+    """SQL over the codes ``c`` for the code after the first ``depth`` levels; 0 after the last."""
+    if depth == layout.levels:
+        return "0"
+    if depth < layout.packed_levels:
+        return f"(c.sid >> {layout.shifts[depth]}) & {(1 << layout.bits[depth]) - 1}"
+    return f"c.sid_rest[{depth - layout.packed_levels + 1}]"
+
+
 def _subquery(table: str, columns: Mapping[str, str], *, where: str = "true") -> str:
     """Some expressions over one table under names of their own, where no other table's columns can be meant."""
     return f"(SELECT {', '.join(f'{sql} AS {name}' for name, sql in columns.items())} FROM {table} WHERE {where})"
@@ -643,6 +752,15 @@ def _run_over(cursor: duckdb.DuckDBPyConnection, batch: pa.Table, query: str) ->
             cursor.unregister("batch")
 
 
+def _read_over(cursor: duckdb.DuckDBPyConnection, batch: pa.Table, query: str) -> pa.Table:
+    """The result of a query that reads the Arrow table under the name ``batch``."""
+    cursor.register("batch", batch)
+    try:
+        return cursor.sql(query).to_arrow_table()
+    finally:
+        cursor.unregister("batch")
+
+
 def _write_meta(cursor: duckdb.DuckDBPyConnection, **values: Any) -> None:
     for key, value in values.items():
         cursor.execute("INSERT OR REPLACE INTO semid_meta VALUES (?, ?)", [key, json.dumps(value)])
@@ -660,6 +778,22 @@ def _create_item_tables(
         tail_bytes=-(-(config.tail or 0) // 2),
         hierarchical=hierarchical,
     )
+
+
+def _create_macros(
+    cursor: duckdb.DuckDBPyConnection, config: IndexConfig, layout: CodeLayout, *, hierarchical: bool
+) -> None:
+    shape = IndexShape(
+        layout,
+        config.dim,
+        config.metric,
+        config.vectors,
+        codeword_levels=tables.codeword_levels(cursor.execute),
+        hierarchical=hierarchical,
+        greedy=encodes_greedily(config.quantizer, config.quantizer_config),
+    )
+    for statement in create_macros(shape):
+        cursor.execute(statement)
 
 
 def _insert_codebook(cursor: duckdb.DuckDBPyConnection, level: int, codebook: NDArray[np.float32]) -> None:

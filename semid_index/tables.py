@@ -7,6 +7,7 @@ table                   what a row is
 ``semid_codebook``      one codeword: level and code, and its vector
 ``semid_array``         one other array that the quantizer learned, as raw little-endian bytes with type and shape
 ``semid_codes``         one item: its number ``row``, the user's ``id``, its codes; kept sorted by sid
+``semid_buckets``       one bucket that has items; only where codewords add up and prefixes mean something
 ``semid_vectors``       one item's stored vector (``v``), and the tail codes that sharpen distances; by ``row``
 ``items``               the user's metadata, joined on ``id``
 ``semantic_ids``        a view: the codes as text and as columns, one for each level and each prefix
@@ -17,6 +18,7 @@ table                   what a row is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +26,7 @@ from semid_index.codes import CodeLayout
 from semid_index.errors import NewerFormatError
 from semid_index.records import IdType, Tier
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_CODE_COLUMNS = 64  # the view has a column per level up to here; scalar quantization has one level per dimension
 _ROUTING_BITS = 16  # the bucket column holds the longest prefix of whole levels that fits in so many bits
 
@@ -62,7 +64,19 @@ def _m001_first_tables(execute: Execute) -> None:
     )
 
 
-_MIGRATIONS: tuple[Callable[[Execute], None], ...] = (_m001_first_tables,)
+def _m002_buckets(execute: Execute) -> None:
+    """The table of buckets, and a view whose prefix columns let DuckDB skip row groups; the store adds the macros."""
+    settings = {key: json.loads(value) for key, value in execute("SELECT key, value FROM semid_meta").fetchall()}
+    if "codebook_sizes" not in settings:
+        return  # not trained: training makes everything
+    layout, hierarchical = CodeLayout(tuple(settings["codebook_sizes"])), bool(settings["hierarchical"])
+    execute(f"CREATE OR REPLACE VIEW semantic_ids AS {semantic_ids_query(layout, hierarchical=hierarchical)}")
+    if hierarchical and codeword_levels(execute):
+        create_bucket_table(execute)
+        add_buckets(execute, layout)
+
+
+_MIGRATIONS: tuple[Callable[[Execute], None], ...] = (_m001_first_tables, _m002_buckets)
 
 
 def create_codebook_table(execute: Execute, dim: int) -> None:
@@ -71,6 +85,40 @@ def create_codebook_table(execute: Execute, dim: int) -> None:
         "CREATE TABLE semid_codebook (level UTINYINT NOT NULL, code USMALLINT NOT NULL, "
         f"codeword FLOAT[{dim}] NOT NULL, PRIMARY KEY (level, code))"
     )
+
+
+def create_bucket_table(execute: Execute) -> None:
+    """The table of buckets with items, from which a search in SQL chooses those that it opens."""
+    execute("CREATE TABLE semid_buckets (bucket INTEGER NOT NULL, norm2 FLOAT NOT NULL)")
+
+
+def add_buckets(execute: Execute, layout: CodeLayout, source: str = "semid_codes") -> None:
+    """Write down the buckets of the items in ``source`` that are new. Does nothing in an index without buckets."""
+    if not _has_table(execute, "semid_buckets"):
+        return
+    codes = bucket_expressions(layout)[: codeword_levels(execute)]
+    words = [f"w{level}" for level in range(1, len(codes) + 1)]
+    joins = " ".join(
+        f"JOIN semid_codebook AS {word} ON {word}.level = {level} AND {word}.code = {code}"
+        for level, (word, code) in enumerate(zip(words, codes, strict=True), 1)
+    )
+    # |w1 + w2 + ...|^2, from the products of all pairs
+    products = " + ".join(f"array_inner_product({a}.codeword, {b}.codeword)" for a in words for b in words)
+    execute(
+        f"INSERT INTO semid_buckets SELECT bucket, {products} "
+        f"FROM (SELECT DISTINCT bucket FROM {source} ANTI JOIN semid_buckets USING (bucket)) {joins}"
+    )
+
+
+def codeword_levels(execute: Execute) -> int:
+    """How many of the first levels have codewords; 0 for a quantizer without codebooks."""
+    if not _has_table(execute, "semid_codebook"):
+        return 0
+    return int(execute("SELECT count(DISTINCT level) FROM semid_codebook").fetchall()[0][0])
+
+
+def _has_table(execute: Execute, name: str) -> bool:
+    return bool(execute(f"SELECT 1 FROM duckdb_tables() WHERE table_name = '{name}' AND NOT internal").fetchall())
 
 
 def create_item_tables(
@@ -108,12 +156,26 @@ def rest_type(layout: CodeLayout) -> str:
     return f"{'UTINYINT' if layout.rest_dtype.itemsize == 1 else 'USMALLINT'}[{layout.rest_levels}]"
 
 
-def bucket_shift(layout: CodeLayout) -> int:
-    """How far a sid is shifted right to give its bucket: at least one level, at most 16 bits of them."""
+def bucket_depth(layout: CodeLayout) -> int:
+    """How many of the first levels make a bucket: at least one, at most 16 bits of them."""
     depth = 1
     while depth < layout.packed_levels and sum(layout.bits[: depth + 1]) <= _ROUTING_BITS:
         depth += 1
-    return layout.shifts[depth - 1]
+    return depth
+
+
+def bucket_shift(layout: CodeLayout) -> int:
+    """How far a sid is shifted right to give its bucket."""
+    return layout.shifts[bucket_depth(layout) - 1]
+
+
+def bucket_expressions(layout: CodeLayout) -> list[str]:
+    """SQL for the codes that the column ``bucket`` is made of."""
+    shift = bucket_shift(layout)
+    return [
+        f"((bucket >> {layout.shifts[level] - shift}) & {(1 << layout.bits[level]) - 1})"
+        for level in range(bucket_depth(layout))
+    ]
 
 
 def code_expressions(layout: CodeLayout) -> dict[str, str]:
@@ -128,8 +190,12 @@ def code_expressions(layout: CodeLayout) -> dict[str, str]:
 
 
 def prefix_expressions(layout: CodeLayout) -> dict[str, str]:
-    """SQL for each prefix as an integer, ``p1`` and on, as deep as the sid reaches."""
-    return {f"p{level + 1}": f"(sid >> {shift})" for level, shift in enumerate(layout.shifts)}
+    """SQL for each prefix as an integer, ``p1`` and on, as deep as the sid reaches.
+
+    A column as it is, where there is one, and else a quotient: DuckDB skips row groups by both, but not by a shift.
+    """
+    stored = {bucket_shift(layout): "bucket", 0: "sid"}
+    return {f"p{level + 1}": stored.get(shift, f"(sid // {1 << shift})") for level, shift in enumerate(layout.shifts)}
 
 
 def text_expression(layout: CodeLayout) -> str:
@@ -144,6 +210,7 @@ def semantic_ids_query(layout: CodeLayout, *, hierarchical: bool) -> str:
     columns = {
         "id": "id",
         "sid": "sid",
+        **({"sid_rest": "sid_rest"} if layout.rest_levels else {}),
         "semantic_id": text_expression(layout),
         **code_expressions(layout),
         **(prefix_expressions(layout) if hierarchical else {}),
@@ -159,6 +226,7 @@ SETTINGS: dict[str, str] = {
     "format_version": "the format of the file, a whole number; this page describes the newest",
     "config": "what the index is: the arguments of `create`",
     "next_row": "the number that the next new item gets",
+    "collisions": "what the collision policy did in all calls of `add`; null for `share`, which does nothing",
     "codebook_sizes": "codewords per level, coarsest first; written by training, as are the next two",
     "hierarchical": "whether a prefix of the codes means something",
     "train_report": "what `train` reported: rows, seconds, error and perplexity per level",
@@ -170,6 +238,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "semantic_ids": {
         "id": "the user's id",
         "sid": "the packed codes: sorting by it puts alike items side by side",
+        "sid_rest": "the codes of the levels that the sid has no room for; only where there are some",
         "semantic_id": "the codes as text, such as `12-153-87-21`",
         "c": "the code at each level, `c1` the coarsest; at most 64 columns",
         "p": "the first 1, 2, ... codes as one integer, as deep as the sid reaches; "
@@ -198,6 +267,10 @@ COLUMNS: dict[str, dict[str, str]] = {
         "level": "1 for the coarsest",
         "code": "the number of the codeword in its codebook, from 0",
         "codeword": "the vector; an item decodes to the sum of its codewords",
+    },
+    "semid_buckets": {
+        "bucket": "a bucket that has, or had, items",
+        "norm2": "the squared length of the sum of its codewords",
     },
     "semid_array": {
         "name": "what the quantizer calls the array; `tail_codebooks` are the codewords of the tail",

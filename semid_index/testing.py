@@ -10,6 +10,8 @@
         def make(self):
             return MyQuantizer(levels=3, codebook_size=16)
 
+:class:`CollisionPolicyContract` does the same for :mod:`semid_index.collisions`.
+
 Put ``pytest.register_assert_rewrite("semid_index.testing")`` into ``conftest.py``, so that failures show values.
 :func:`estimator` makes a scikit-learn transformer of a quantizer, for pipelines and for scikit-learn's own suite,
 ``sklearn.utils.estimator_checks.check_estimator``.
@@ -23,18 +25,22 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 from unittest import SkipTest  # pytest knows it, and need not be installed to import this module
 
 import numpy as np
 from numpy.typing import NDArray
 
 from semid_index.codes import MAX_CODEBOOK_SIZE, MIN_CODEBOOK_SIZE
-from semid_index.errors import InvalidVectorsError, NotTrainedError, SemidError
+from semid_index.collisions import Arrivals, Below, CollisionPolicy
+from semid_index.errors import InvalidArgumentError, InvalidVectorsError, NotTrainedError, SemidError
 from semid_index.quantizer import Codes, Quantizer, Vectors
+from semid_index.quantizers.rq import ResidualKMeans
 
 _TIE = 1e-4  # two codewords whose squared errors differ by less than this share are nearly tied
 
@@ -338,6 +344,184 @@ class QuantizerContract:
         assert shares[0] >= 0, reports
         assert shares[-1] == 1, reports
         assert all(isinstance(what, str) and what for _, _, what in reports), reports
+
+
+# -- collision policies -----------------------------------------------------------------------------------------------
+
+
+class CollisionPolicyContract:
+    """What every collision policy promises. Subclass it as ``TestSomething`` and define ``make``.
+
+    The items are 400 vectors in clusters, 60 of them exact copies of others, with three codes of 32 values. An index is
+    stood in for by a list of codes (:class:`Shelves`).
+    """
+
+    most_per_id: ClassVar[int | None] = None
+    """How many items the policy lets have one ID as long as there is room below the prefix; None for no limit."""
+
+    def make(self) -> CollisionPolicy:
+        """A new policy, always with the same configuration."""
+        raise NotImplementedError(f"{type(self).__name__} must define make(), which returns a new policy.")
+
+    def placed(self, *sizes: int, policy: CollisionPolicy | None = None) -> tuple[Codes, Codes]:
+        """Codes as proposed and as placed, in batches of these sizes (one batch with everything, if none is given)."""
+        quantizer, vectors, codes = _items_that_collide()
+        policy, shelves, start = policy or self.make(), Shelves(), 0
+        placed = []
+        for size in sizes or (len(codes),):
+            part = slice(start, start + size)
+            given = codes[part].copy(), vectors[part].copy()
+            new = policy.place(Arrivals(*given, quantizer, shelves.below))
+            assert np.array_equal(given[0], codes[part]), "place changed the codes that it was given"
+            assert np.array_equal(given[1], vectors[part]), "place changed the vectors that it was given"
+            shelves.add(new)
+            placed.append(new)
+            start += size
+        return codes[:start], np.concatenate(placed)
+
+    def test_name_is_text(self) -> None:
+        """The name is a class attribute, since it must be known before there is an object."""
+        name = type(self.make()).name
+        assert isinstance(name, str), f"name must be text, not {name!r}"
+        assert name.strip() == name != "", f"name must not be empty, or begin or end with a space: {name!r}"
+
+    def test_config_is_json(self) -> None:
+        """The configuration survives JSON, and makes an equal policy."""
+        policy = self.make()
+        config = policy.get_config()
+        assert json.loads(json.dumps(config, allow_nan=False)) == config
+        assert "policy" not in config, "the name is kept as 'policy' beside the options"
+        again = type(policy)(**config)
+        assert again.get_config() == config
+        assert np.array_equal(self.placed(policy=again)[1], self.placed()[1])
+
+    def test_codes(self) -> None:
+        """One row of integers for each item, with the extra levels, all within their sizes."""
+        policy = self.make()
+        quantizer, _, codes = _items_that_collide()
+        sizes = np.array([*quantizer.codebook_sizes, *policy.extra_levels])
+        assert ((sizes >= MIN_CODEBOOK_SIZE) & (sizes <= MAX_CODEBOOK_SIZE)).all(), sizes
+        _, placed = self.placed(100, 300)
+        assert placed.shape == (len(codes), len(sizes))
+        assert placed.dtype == np.int32
+        assert ((placed >= 0) & (placed < sizes)).all()
+
+    def test_prefixes_are_kept(self) -> None:
+        """All levels of the quantizer but the last are as proposed."""
+        proposed, placed = self.placed(100, 300)
+        depth = proposed.shape[1] - 1
+        assert np.array_equal(placed[:, :depth], proposed[:, :depth])
+
+    def test_an_id_that_no_one_else_wants_is_kept(self) -> None:
+        """Where there is no collision below a prefix, there is nothing to do."""
+        proposed, placed = self.placed()
+        shelf = np.unique(proposed[:, :-1], axis=0, return_inverse=True)[1].reshape(-1)
+        _, own, sizes = np.unique(proposed, axis=0, return_inverse=True, return_counts=True)
+        contested = np.isin(shelf, shelf[sizes[own.reshape(-1)] > 1])
+        assert 0 < contested.sum() < len(contested)
+        assert np.array_equal(placed[~contested, : proposed.shape[1]], proposed[~contested])
+
+    def test_the_same_again(self) -> None:
+        """The same items in the same batches get the same codes."""
+        assert np.array_equal(self.placed(100, 300)[1], self.placed(100, 300)[1])
+
+    def test_no_items(self) -> None:
+        """Nothing in, nothing out, in the right shape; also where items are already."""
+        policy = self.make()
+        _, placed = self.placed(0, 50, 0, policy=policy)
+        assert placed.shape == (50, 3 + len(policy.extra_levels))
+
+    def test_limit(self) -> None:
+        """No ID has more items than the policy allows, in however many batches they come."""
+        if self.most_per_id is None:
+            raise SkipTest("the policy has no limit")
+        for sizes in ((400,), (1, 199, 200), (10,) * 40):
+            _, counts = np.unique(self.placed(*sizes)[1], axis=0, return_counts=True)
+            assert counts.max() <= self.most_per_id, f"in batches of {sizes}"
+
+    def test_unique(self) -> None:
+        """A policy that promises unique IDs gives them, exact duplicates included."""
+        if not self.make().promises_unique:
+            raise SkipTest("the policy does not promise unique IDs")
+        proposed, placed = self.placed(100, 300)
+        assert len(np.unique(proposed, axis=0)) < len(proposed) - 60
+        assert len(np.unique(placed, axis=0)) == len(placed)
+
+    def test_more_items_than_ids(self) -> None:
+        """Forty copies of one item, with 32 codes at the last level: what cannot be solved is no error."""
+        policy = self.make()
+        quantizer, vectors, codes = _items_that_collide()
+        shelves = Shelves()
+        for _ in range(2):
+            copies = np.repeat(codes[:1], 40, axis=0), np.repeat(vectors[:1], 40, axis=0)
+            shelves.add(policy.place(Arrivals(*copies, quantizer, shelves.below)))
+        sizes = np.array([*quantizer.codebook_sizes, *policy.extra_levels])
+        assert ((shelves.codes >= 0) & (shelves.codes < sizes)).all()
+        assert np.array_equal(shelves.codes[:, :2], np.repeat(codes[:1, :2], 80, axis=0))
+
+    def test_check(self) -> None:
+        """A quantizer that the policy cannot work with is refused by an :class:`InvalidArgumentError`, if at all."""
+        policy = self.make()
+        quantizer, _, _ = _items_that_collide()
+        policy.check(quantizer)
+        policy.check(type(quantizer)(**quantizer.get_config()))  # not trained
+        with suppress(InvalidArgumentError):
+            policy.check(_Unordered())
+
+
+class Shelves:
+    """Stands in for an index: which codes its items have."""
+
+    def __init__(self) -> None:
+        self.codes: Codes = np.empty((0, 0), dtype=np.int32)
+
+    def add(self, codes: Codes) -> None:
+        """Take items in."""
+        self.codes = np.concatenate([self.codes.reshape(-1, codes.shape[1]), codes])
+
+    def below(self, prefixes: NDArray[np.integer]) -> Below:
+        """See :class:`semid_index.collisions.Arrivals`."""
+        depth = prefixes.shape[1]
+        number = {tuple(prefix): i for i, prefix in enumerate(prefixes.tolist())}
+        assert len(number) == len(prefixes), "below was asked for one prefix twice"
+        counts: Counter[tuple[int, int]] = Counter()
+        for codes in self.codes.tolist():
+            if (prefix := number.get(tuple(codes[:depth]))) is not None:
+                counts[prefix, codes[depth] if depth < len(codes) else 0] += 1
+        found = np.array([(*key, items) for key, items in counts.items()], dtype=np.int64).reshape(-1, 3)
+        return Below(*found.T)
+
+
+class _Unordered(Quantizer):
+    """A quantizer whose codes are no hierarchy, and do not add up."""
+
+    name = "unordered"
+    hierarchical = False
+    codebook_sizes = (2, 2)
+    learned: Mapping[str, NDArray[Any]] | None = {"nothing": np.zeros(1)}
+
+    def fit(self, vectors: Vectors, *, seed: int = 0) -> Self:
+        return self
+
+    def encode(self, vectors: Vectors, *, beam: int | None = None) -> Codes:
+        return np.zeros((len(vectors), 2), dtype=np.int32)
+
+    def decode(self, codes: Codes) -> Vectors:
+        return np.zeros((len(codes), 1), dtype=np.float32)
+
+
+@cache
+def _items_that_collide() -> tuple[Quantizer, Vectors, Codes]:
+    """A trained quantizer, vectors, and their codes; the last 60 vectors are copies of others."""
+    random = np.random.default_rng(3)
+    centres = 8 * random.standard_normal((60, 8))
+    points = (centres[random.integers(60, size=340)] + random.standard_normal((340, 8))).astype(np.float32)
+    vectors = np.concatenate([points, points[random.integers(20, size=60)]])
+    quantizer = ResidualKMeans(levels=3, codebook_size=32).fit(points, seed=0)
+    codes = quantizer.encode(vectors)
+    codes[:, 1] //= 8  # so that many items meet at one ID, and there is room below each prefix
+    codes[:, 2] //= 4
+    return quantizer, vectors, codes
 
 
 def assert_same_codes(quantizer: Quantizer, vectors: Vectors, expected: Codes, got: Codes, what: str = "") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -11,9 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from semid_index.output import new_grid, shown
+from semid_index.report.words import BALANCE, ESTIMATED, percent, shape, times
+
+if TYPE_CHECKING:
+    from semid_index.report.records import ChurnQuality, NeighbourQuality, QualityReport
 
 _BAR = 40  # characters of a full bar
 _PROBES_SHOWN = 10
+_DEPTHS_SHOWN = 4  # of each label: enough to see purity and chance come together
 
 
 def stats_view(stats: Mapping[str, Any]) -> RenderableType:
@@ -26,10 +31,20 @@ def stats_view(stats: Mapping[str, Any]) -> RenderableType:
     sizes, shared = stats["codebook_sizes"], stats["items_sharing_an_id"]
     facts.add_row("codewords", Text(" x ".join(str(size) for size in sizes[:8]) + (" ..." if len(sizes) > 8 else "")))
     facts.add_row("sharing an ID", Text(f"{shared:,} items, {shared / max(stats['items'], 1):.1%}"))
+    if stats["collisions"]["policy"] != "share":
+        facts.add_row("collisions", Text(_collisions_text(stats["collisions"])))
     parts: list[RenderableType] = [facts]
     if levels := stats["train_report"]["levels"]:
         parts += [Text(), levels_view(levels)]
     return Group(*parts, Text(), sizes_view(stats))
+
+
+def _collisions_text(report: Mapping[str, Any]) -> str:
+    """What the collision policy did, in a line."""
+    before, after, moved = report["before"]["ids"], report["after"]["ids"], report["moved"]
+    price = f"{moved:,} items moved, error {report['relative_extra_error']:+.2%}; " if moved else ""
+    broken = "; not all are unique" if report["unique"] is False else ""
+    return f"{report['policy']}: {price}{before:,} different IDs without it, {after:,} with it{broken}"
 
 
 def levels_view(levels: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -93,6 +108,91 @@ def trace_view(trace: Mapping[str, Any]) -> RenderableType:
     if (more := len(trace["probes"]) - _PROBES_SHOWN) > 0:
         parts.append(Text(f"... and {more} more", style="dim"))
     return Group(*parts)
+
+
+def report_view(report: QualityReport) -> RenderableType:
+    """A quality report: meaning and neighbourhood first, then collisions, then how the levels do."""
+    parts: list[RenderableType] = [Text(shape(report), style="bold"), Text()]
+    if report.labels:
+        parts += [_meaning_table(report), Text()]
+    if report.neighbours is not None:
+        parts += [_neighbour_table(report.neighbours, report.items), Text()]
+    parts += [_collision_table(report), Text(), _level_table(report), Text(BALANCE, style="dim")]
+    if report.codebooks_estimated:
+        parts.append(Text(ESTIMATED, style="dim"))
+    if report.memory is not None:
+        cost = f"{times(report.memory.reduction)} fewer parameters than an embedding table"
+        parts += [Text(), Text(f"Memory: {report.memory.code_bytes:g} bytes an ID; {cost}.")]
+    if report.churn is not None:
+        parts += [Text(), _churn_table(report.churn)]
+    return Group(*parts)
+
+
+def _meaning_table(report: QualityReport) -> Table:
+    table = new_grid("Meaning: are items that begin alike, alike?")
+    for name in ("label", "codes", "prefixes", "purity", "by chance", "lift", "NMI"):
+        table.add_column(name, justify="left" if name == "label" else "right")
+    for label, depths in report.labels.items():
+        for depth in depths[:_DEPTHS_SHOWN]:
+            figures = (percent(depth.purity), percent(depth.shuffled_purity), f"{depth.lift:.2f}", f"{depth.nmi:.3f}")
+            table.add_row(one_line(label, "cyan"), str(depth.depth), f"{depth.groups:,}", *figures)
+    return table
+
+
+def _neighbour_table(near: NeighbourQuality, items: int) -> RenderableType:
+    table = new_grid("Neighbours: do they stay neighbours?")
+    for name in ("searched", "items looked at", f"recall@{near.k}"):
+        table.add_column(name, justify="left" if name == "searched" else "right")
+    for probe in near.probing:
+        opened = f"{probe.candidates:,.0f} ({percent(probe.candidates / items)})"
+        table.add_row(f"nearest {percent(probe.share)}, then exact", opened, f"{probe.recall:.3f}")
+    table.add_row("all, by their IDs alone", f"{items:,}", f"{near.recall:.3f}")
+    return Group(table, Text(f"By IDs alone: Jaccard@{near.k} {near.jaccard:.3f}, RBO@{near.k} {near.rbo:.3f}"))
+
+
+def _collision_table(report: QualityReport) -> Table:
+    ids = report.ids
+    table = facts_view(
+        {
+            "items that share their ID": percent(ids.shared),
+            "collision rate": f"{percent(ids.collision_rate)}, {times(ids.excess)} that of random IDs",
+            "most items with one ID": ids.largest_bucket,
+        }
+    )
+    if ids.exact_duplicates is not None:
+        table.add_row("repeat another's vector", f"{ids.exact_duplicates:,}")
+    table.title = "Collisions"
+    return table
+
+
+def _level_table(report: QualityReport) -> Table:
+    table = new_grid("Levels")
+    names = ("level", "error", "held out", "collisions", "perplexity", "of K", "Gini", "dead", "largest")
+    for name in names:
+        table.add_column(name, justify="right")
+    unseen = [level.relative_error for level in report.held_out] or [None] * len(report.levels)
+    for level, held_out in zip(report.levels, unseen, strict=True):
+        table.add_row(
+            str(level.level),
+            percent(level.relative_error),
+            percent(held_out),
+            percent(level.collision_rate),
+            f"{level.perplexity:,.1f}",
+            f"{level.codebook_size:,}",
+            f"{level.gini:.2f}",
+            f"{level.unused:,}",
+            f"{level.largest:,}",
+        )
+    return table
+
+
+def _churn_table(churn: ChurnQuality) -> Table:
+    table = new_grid(f"Churn: changed since the earlier version, of {churn.common:,} items in both")
+    for name in ("first codes", "renamed to fit", "as they are"):
+        table.add_column(name, justify="right")
+    for depth, (renamed, as_is) in enumerate(zip(churn.per_level, churn.unaligned, strict=True), 1):
+        table.add_row(str(depth), percent(renamed), percent(as_is))
+    return table
 
 
 def facts_view(facts: Mapping[str, Any]) -> Table:

@@ -500,14 +500,14 @@ CREATE_FAULTS: list[tuple[dict[str, Any], type[SemidError], list[str]]] = [
     ({"tail": 25}, InvalidArgumentError, ["tail", "24 dimensions", "25"]),
     *(({"leaf_size": size}, InvalidArgumentError, ["leaf_size", "at least 1"]) for size in (0, -1, 1.5, True)),
     *(({"device": device}, InvalidArgumentError, ["device", "'cpu' or 'auto'"]) for device in ("cuda", 0, None)),
-    *(({"iterations": often}, InvalidArgumentError, ["iterations", "at least 1"]) for often in (0, 1.5, None)),
+    *(({"iterations": often}, InvalidArgumentError, ["iterations", "from 1 to"]) for often in (0, 1.5, None)),
     ({"iteration": 5}, InvalidArgumentError, ["'rq' has no option 'iteration'", "levels, codebook_size, iterations"]),
-    ({"quantizer": "rqq"}, UnknownNameError, ["'rqq'", "balanced-rq, pq, rq", "Did you mean 'rq'?", "semid plugins"]),
+    ({"quantizer": "rqq"}, UnknownNameError, ["'rqq'", "balanced-rq, binary", "Did you mean 'rq'?", "semid plugins"]),
     ({"quantizer": "balanced_rq"}, UnknownNameError, ["Did you mean 'balanced-rq'?"]),
     ({"quantizer": "RQ-VAE"}, UnknownNameError, ["'RQ-VAE'", "Installed: ", "semid plugins"]),
     ({"quantizer": "rq-vae"}, UnknownNameError, ["'rq-vae'", "pip install semid-rq-vae"]),
-    ({"quantizer": None}, InvalidArgumentError, ["quantizer", "balanced-rq, pq, rq, sq4, sq8"]),
-    ({"quantizer": ["rq"]}, InvalidArgumentError, ["quantizer", "balanced-rq, pq, rq, sq4, sq8"]),
+    ({"quantizer": None}, InvalidArgumentError, ["quantizer", "balanced-rq, binary, ", ", pq, ", ", rq, sq4, sq8"]),
+    ({"quantizer": ["rq"]}, InvalidArgumentError, ["quantizer", "balanced-rq, binary, ", ", pq, ", ", rq, sq4, sq8"]),
     ({"quantizer": "pq", "codebook_size": 100}, InvalidArgumentError, ["power of two", "100", "use 'rq'"]),
 ]
 
@@ -752,10 +752,10 @@ def edited(path: Path, *statements: str) -> Path:
 
 
 def test_a_newer_format(index_file):
-    edited(index_file, "UPDATE semid_meta SET value = '2' WHERE key = 'format_version'")
+    edited(index_file, "UPDATE semid_meta SET value = '3' WHERE key = 'format_version'")
     before = digest(index_file)
     for read_only in (False, True):
-        with refused(NewerFormatError, "format 2", "up to 1", "pip install --upgrade semid-index"):
+        with refused(NewerFormatError, "format 3", "up to 2", "pip install --upgrade semid-index"):
             semid.open(index_file, read_only=read_only)
     assert digest(index_file) == before
 

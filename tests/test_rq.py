@@ -189,7 +189,7 @@ def test_levels_and_sizes_that_cannot_be(levels, codebook_size, message):
 
 @pytest.mark.parametrize("iterations", [0, -1, 2.5, "20"])
 def test_iterations_that_cannot_be(iterations):
-    with pytest.raises(InvalidArgumentError, match="iterations must be at least 1"):
+    with pytest.raises(InvalidArgumentError, match="iterations must be a whole number from 1 to 10,000"):
         ResidualKMeans(iterations=iterations)
 
 

@@ -23,7 +23,7 @@ import semid_index as semid
 from semid_index.codes import CodeLayout, pack, pack_rest, unpack
 from semid_index.errors import InvalidArgumentError
 from semid_index.index import SemanticIndex
-from semid_index.records import IndexConfig
+from semid_index.records import IndexConfig, Uniqueness
 from semid_index.store import ItemBatch, Store
 
 OPTIONS: dict[str, Any] = {"dim": 24, "levels": 3, "codebook_size": 16}
@@ -518,7 +518,8 @@ def test_bucket_is_a_prefix_of_at_most_16_bits(coded):
 def test_items_that_share_an_id_of_any_length(coded):
     store, _, codes = coded
     counts = Counter(map(tuple, codes.tolist()))
-    assert store.shared_ids() == sum(n for n in counts.values() if n > 1)
+    alone = sum(n == 1 for n in counts.values())
+    assert store.uniqueness() == Uniqueness(len(counts), alone, max(counts.values()))
     ranks = store.arrow("SELECT dup_rank FROM semantic_ids ORDER BY id")["dup_rank"].to_pylist()
     seen: Counter[tuple[int, ...]] = Counter()
     for code, rank in zip(map(tuple, codes.tolist()), ranks, strict=True):

@@ -26,7 +26,7 @@ class SignHash(Quantizer):
         self.report_progress(1, 1, "directions")
         return self
 
-    def encode(self, vectors, *, beam=1):
+    def encode(self, vectors, *, beam=None):
         mean, directions, _ = (self.state()[name] for name in ("mean", "directions", "lengths"))
         sides = (as_vectors(vectors, dim=len(mean)) - mean) @ directions > 0
         return (sides.reshape(len(sides), self.levels, len(self.bits)) @ self.bits).astype(np.int32)

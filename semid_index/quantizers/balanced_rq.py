@@ -118,7 +118,8 @@ class BalancedResidualKMeans(ResidualKMeans):
 
     ``codebook_size`` may be a list, one size for each level. ``capacity`` (1 or more) is for :meth:`encode_within`: how
     many times its even share one code may have; 1.05 allows 5 % more. ``iterations`` is how often the codewords of a
-    level are moved.
+    level are moved. The other options are those of ``rq``; refining moves codewords off the means of equal clusters, so
+    codes are a little less even after it. With ``capacity``, encoding is greedy.
     """
 
     name: ClassVar[str] = "balanced-rq"
@@ -130,9 +131,27 @@ class BalancedResidualKMeans(ResidualKMeans):
         *,
         capacity: float | None = None,
         iterations: int = 20,
+        beam: int = 1,
+        prefix_levels: int = 0,
+        prefix_beam: int = 1,
+        refine: int = 0,
+        normalize_residuals: bool = False,
     ) -> None:
-        super().__init__(levels, codebook_size, iterations=iterations)
+        super().__init__(
+            levels,
+            codebook_size,
+            iterations=iterations,
+            beam=beam,
+            prefix_levels=prefix_levels,
+            prefix_beam=prefix_beam,
+            refine=refine,
+            normalize_residuals=normalize_residuals,
+        )
         self.capacity = None if capacity is None else _checked_capacity(capacity)
+        if capacity is not None and (self.beam > 1 or self.prefix_beam > 1 or self.normalize_residuals):
+            raise InvalidArgumentError(
+                "With a capacity, vectors are encoded greedily: leave out beam, prefix_beam and normalize_residuals."
+            )
 
     def _train_level(self, residuals: Vectors, size: int, seed: int, report: Callable[[int, int], None]) -> Vectors:
         """The means of balanced clusters: (size, dim)."""

@@ -17,6 +17,8 @@ from semid_index.quantizer import Vectors
 _POINTS_PER_CODEWORD = 256  # k-means learns a codebook of K words from at most 256 K points
 _PLUSPLUS_LIMIT = 2_048  # k-means++ looks at every point once per codeword; above this, its sampled form is used
 _SAMPLED_LIMIT = 16_384  # that form takes time with the square of the size, 200 s for 65,536; above this, random
+_PROGRESSIVE_DIM = 32  # with fewer dimensions, k-means++ ends lower
+_PROGRESSIVE_STEPS = 10
 
 
 def import_faiss() -> Any:
@@ -53,24 +55,53 @@ def kmeans(
 ) -> Vectors:
     """``size`` centroids of (n, dim) points, n >= size: (size, dim).
 
-    Starts from k-means++ (Arthur and Vassilvitskii, 2007), or for large codebooks its Markov-chain approximation
-    (Bachem et al., 2016), or for the largest ones from points chosen at random. A cluster that runs empty takes half of
-    a large one. Only about 256 points for each codeword, chosen at random, are used.
+    With enough dimensions, clusters are found in the first principal axes and refined in more and more of them, up to
+    all (FAISS's progressive dimensions): k-means that starts in all of them leaves most residuals of text embeddings
+    in a few large clusters and wastes the other codewords (docs/decisions/0009). Otherwise it starts from k-means++
+    (Arthur and Vassilvitskii, 2007), or for large codebooks its Markov-chain approximation (Bachem et al., 2016), or
+    for the largest ones from points chosen at random. A cluster that runs empty takes half of a large one. Only about
+    256 points for each codeword, chosen at random, are used. ``iterations`` is the work to spend, in passes over them.
     """
     faiss = import_faiss()
-    clustering = faiss.Clustering(points.shape[1], size)
+    dim = points.shape[1]
+    if report is not None:
+        report(0, 1)
+    if dim >= _PROGRESSIVE_DIM and len(points) >= 2 * dim:
+        passes = sum(int(dim ** (step / _PROGRESSIVE_STEPS)) for step in range(1, _PROGRESSIVE_STEPS + 1)) / dim
+        clustering = faiss.ProgressiveDimClustering(dim, size)
+        clustering.progressive_dim_steps = _PROGRESSIVE_STEPS
+        _configure(clustering, seed, max(1, round(iterations / passes)))
+        clustering.train(len(points), faiss.swig_ptr(np.ascontiguousarray(points)), faiss.ProgressiveDimIndexFactory())
+    else:
+        clustering = faiss.Clustering(dim, size)
+        clustering.init_method = _start(faiss, size)
+        _configure(clustering, seed, iterations)
+        clustering.train(points, faiss.IndexFlatL2(dim))
+    if report is not None:
+        report(1, 1)
+    return _centroids(clustering)
+
+
+def lloyd(points: Vectors, start: Vectors, *, seed: int, iterations: int) -> Vectors:
+    """Centroids (K, dim) after so many iterations of k-means on points (n, dim), from given ones (K, dim)."""
+    faiss = import_faiss()
+    clustering = faiss.Clustering(points.shape[1], len(start))
+    _configure(clustering, seed, iterations)
+    faiss.copy_array_to_vector(np.ascontiguousarray(start, dtype=np.float32).ravel(), clustering.centroids)
+    clustering.train(points, faiss.IndexFlatL2(points.shape[1]))
+    return _centroids(clustering)
+
+
+def _centroids(clustering: Any) -> Vectors:
+    centroids = import_faiss().vector_to_array(clustering.centroids)
+    return np.asarray(centroids, dtype=np.float32).reshape(clustering.k, -1)
+
+
+def _configure(clustering: Any, seed: int, iterations: int) -> None:
     clustering.seed = seed
     clustering.niter = iterations
     clustering.min_points_per_centroid = 1  # no warning on stderr about few points
     clustering.max_points_per_centroid = _POINTS_PER_CODEWORD
-    clustering.init_method = _start(faiss, size)
-    index = faiss.IndexFlatL2(points.shape[1])
-    if report is not None:
-        report(0, 1)
-    clustering.train(points, index)
-    if report is not None:
-        report(1, 1)
-    return np.asarray(faiss.vector_to_array(clustering.centroids), dtype=np.float32).reshape(size, -1)
 
 
 def _start(faiss: Any, size: int) -> Any:

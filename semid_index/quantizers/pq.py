@@ -92,9 +92,9 @@ class ProductQuantization(Quantizer):
                 self.report_progress(len(trained), self.levels, "sub-vectors")
         return trained
 
-    def encode(self, vectors: Vectors, *, beam: int = 1) -> Codes:
+    def encode(self, vectors: Vectors, *, beam: int | None = None) -> Codes:
         """For each sub-vector, its nearest codeword."""
-        if beam != 1:
+        if beam not in (None, 1):
             raise InvalidArgumentError(f"'{self.name}' has nothing to search for: beam must be 1, not {beam!r}.")
         codebooks = self._trained()
         dim = codebooks[0].shape[1]

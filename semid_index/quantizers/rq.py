@@ -23,12 +23,17 @@ from semid_index.codes import CodeLayout
 from semid_index.errors import InvalidArgumentError, InvalidVectorsError
 from semid_index.hookspecs import hookimpl
 from semid_index.quantizer import Codes, Quantizer, Vectors
+from semid_index.quantizers.beam import check_beam, choose_codes
 from semid_index.quantizers.kmeans import kmeans, nearest
+from semid_index.quantizers.refine import left_over, mean_error, refine_codebooks
+from semid_index.records import Refinement
 from semid_index.vectors import as_vectors
 
 log = logging.getLogger("semid_index")
 
 _ENCODE_BATCH = 16_384  # rows whose residuals are held at once: 25 MB at 384 dimensions
+_REFINE_BEAM = 5  # with which rows are encoded again while codebooks are refined
+_LEAST_SCALE = np.float32(1e-6)
 MAX_LEVELS = 64
 
 
@@ -50,58 +55,157 @@ class ResidualKMeans(Quantizer):
     """Residual k-means: ``levels`` codebooks of ``codebook_size`` words each.
 
     ``codebook_size`` may be a list, one size for each level, such as ``[1024, 256, 256]``; any size from 2 to 65,536.
-    ``iterations`` is how often k-means moves the codewords of a level.
+    ``iterations`` is the work of k-means for a level, in passes over the vectors.
+
+    ``beam``: partial codes that encoding keeps after each level; 1 is greedy. ``prefix_levels``: so many first levels
+    are encoded by themselves, with a beam of ``prefix_beam``, and the others after them. So with ``beam=5``,
+    ``prefix_levels=2`` the first two codes stay those of the nearest codewords, whatever the beam finds below them; and
+    with ``prefix_levels=2, prefix_beam=32`` they are (nearly always) the best pair. All three are stored with an index,
+    so that items and queries are encoded alike.
+
+    ``refine``: rounds in which all codebooks but those of the first ``prefix_levels`` are improved together after
+    training (see :mod:`semid_index.quantizers.refine`); how far that moved prefixes is then in ``refinement``.
+
+    ``normalize_residuals``: bring what is left over to length 1 before each level, as GRID does (Ju et al., 2025). Each
+    codebook is then stored at the scale that suits all vectors best, so that codes still decode to a sum of codewords.
     """
 
     name: ClassVar[str] = "rq"
 
-    def __init__(self, levels: int = 4, codebook_size: int | Sequence[int] = 256, *, iterations: int = 20) -> None:
+    refinement: Refinement | None = None
+    """What refining did, after ``fit``."""
+
+    def __init__(
+        self,
+        levels: int = 4,
+        codebook_size: int | Sequence[int] = 256,
+        *,
+        iterations: int = 20,
+        beam: int = 1,
+        prefix_levels: int = 0,
+        prefix_beam: int = 1,
+        refine: int = 0,
+        normalize_residuals: bool = False,
+    ) -> None:
         self.codebook_sizes = sizes_per_level(levels, codebook_size)
-        if not isinstance(iterations, int) or iterations < 1:
-            raise InvalidArgumentError(f"iterations must be at least 1, not {iterations!r}.")
-        self.iterations = iterations
+        self.iterations = _whole("iterations", iterations, 1, 10_000)
+        self.beam = check_beam(beam)
+        self.prefix_levels = _whole("prefix_levels", prefix_levels, 0, self.levels)
+        self.prefix_beam = check_beam(prefix_beam, "prefix_beam")
+        self.refine = _whole("refine", refine, 0, 1_000)
+        if not isinstance(normalize_residuals, bool):
+            raise InvalidArgumentError(f"normalize_residuals must be True or False, not {normalize_residuals!r}.")
+        self.normalize_residuals = normalize_residuals
+        if normalize_residuals and (self.beam > 1 or self.prefix_beam > 1 or self.refine):
+            raise InvalidArgumentError(
+                "normalize_residuals rescales what is left over at each level, so codewords do not simply add up while "
+                "encoding: leave beam and prefix_beam at 1 and refine at 0, or normalize_residuals at False."
+            )
 
     def fit(self, vectors: Vectors, *, seed: int = 0) -> Self:
-        """Learn one codebook after the other, each on what the ones before it leave over."""
-        residuals = as_vectors(vectors, what="training vectors").copy()
-        if len(residuals) < max(self.codebook_sizes):
+        """Learn one codebook after the other, each on what the ones before it leave over; then refine them."""
+        rows = as_vectors(vectors, what="training vectors")
+        if len(rows) < max(self.codebook_sizes):
             raise InvalidVectorsError(
                 "Training needs at least as many vectors as the largest codebook has words: "
-                f"{max(self.codebook_sizes)}, got n_samples = {len(residuals)}. "
+                f"{max(self.codebook_sizes)}, got n_samples = {len(rows)}. "
                 "Give more vectors or a smaller codebook_size."
             )
-        learned: dict[str, Vectors] = {}
+        codebooks, codes = self._train_levels(rows, seed)
+        learned: dict[str, NDArray[Any]] = {}
+        self.refinement = None
+        if self.refine:
+            codebooks = self._refined(codebooks, rows)
+        if self.normalize_residuals:
+            scales = _best_scales(rows, codebooks, codes)
+            codebooks = [codebook * scale for codebook, scale in zip(codebooks, scales, strict=True)]
+            learned["scales"] = scales
+        self.learned = learned | {
+            f"codebook_{level}": codebook[bisection_order(codebook)] for level, codebook in enumerate(codebooks, 1)
+        }
+        return self
+
+    def _train_levels(self, rows: Vectors, seed: int) -> tuple[list[Vectors], Codes]:
+        """One codebook after the other, and the greedy codes of the rows."""
+        residuals = rows.copy()
+        codebooks: list[Vectors] = []
+        codes = np.empty((len(rows), self.levels), dtype=np.int32)
         for level, size in enumerate(self.codebook_sizes):
             what = f"level {level + 1} of {self.levels}, {size} codewords"
 
             def report(done: int, total: int, level: int = level, what: str = what) -> None:
-                self.report_progress(level * total + done, self.levels * total, what)
+                self.report_progress(level * total + done, (self.levels + self.refine) * total, what)
 
-            codebook = self._train_level(residuals, size, seed + level, report)
-            codebook = codebook[bisection_order(codebook)]
-            learned[f"codebook_{level + 1}"] = codebook
-            residuals -= codebook[nearest(residuals, codebook)]
-        self.learned = learned
-        return self
+            if self.normalize_residuals:
+                residuals = _unit(residuals)
+            codebooks.append(self._train_level(residuals, size, seed + level, report))
+            codes[:, level] = nearest(residuals, codebooks[-1])
+            residuals -= codebooks[-1][codes[:, level]]
+        return codebooks, codes
 
     def _train_level(self, residuals: Vectors, size: int, seed: int, report: Callable[[int, int], None]) -> Vectors:
         """The codebook of one level: (size, dim)."""
         return kmeans(residuals, size, seed=seed, iterations=self.iterations, report=report)
 
-    def encode(self, vectors: Vectors, *, beam: int = 1) -> Codes:
-        """At each level, the codeword nearest to what the levels before leave over."""
-        if beam != 1:
-            raise InvalidArgumentError(f"'{self.name}' encodes greedily: beam must be 1, not {beam!r}.")
+    def _refined(self, codebooks: list[Vectors], rows: Vectors) -> list[Vectors]:
+        """The codebooks after refining all but those of the first ``prefix_levels``."""
+
+        def report(done: int) -> None:
+            self.report_progress(self.levels + done, self.levels + self.refine, "refine the levels together")
+
+        first, beam = self.prefix_levels, max(self.beam, _REFINE_BEAM)
+        left = left_over(rows, codebooks[:first], choose_codes(rows, codebooks[:first], self.prefix_beam))
+        moved, after = refine_codebooks(
+            codebooks[first:],
+            left,
+            encode=lambda words: choose_codes(left, words, self.beam),
+            search=lambda words: choose_codes(left, words, beam),
+            rounds=self.refine,
+            report=report,
+        )
+        before = choose_codes(left, codebooks[first:], self.beam)
+        changed = np.logical_or.accumulate(before != after, axis=1).mean(axis=0)
+        errors = mean_error(left, codebooks[first:], before), mean_error(left, moved, after)
+        self.refinement = Refinement(self.refine, *errors, (0.0,) * first + tuple(changed.tolist()))
+        log.info("refined: %s", self.refinement)
+        return codebooks[:first] + moved
+
+    def encode(self, vectors: Vectors, *, beam: int | None = None) -> Codes:
+        """Codes (n, levels) of vectors (n, dim): the nearest codewords, or with a beam a better choice of them.
+
+        ``beam``: of the levels after the first ``prefix_levels``; by default the quantizer's own.
+        """
+        beam = self.beam if beam is None else check_beam(beam)
         codebooks = self._trained()
         vectors = as_vectors(vectors, dim=codebooks[0].shape[1])
+        return self._encode_rows(vectors, codebooks, beam)
+
+    def _encode_rows(self, vectors: Vectors, codebooks: Sequence[Vectors], beam: int) -> Codes:
         codes = np.empty((len(vectors), self.levels), dtype=np.int32)
         for start in range(0, len(vectors), _ENCODE_BATCH):
-            residuals = vectors[start : start + _ENCODE_BATCH].copy()
-            for level, codebook in enumerate(codebooks):
-                chosen = nearest(residuals, codebook)
-                codes[start : start + _ENCODE_BATCH, level] = chosen
-                if level + 1 < self.levels:
-                    residuals -= codebook[chosen]
+            batch = slice(start, start + _ENCODE_BATCH)
+            codes[batch] = self._encode_batch(vectors[batch], codebooks, beam)
+        return codes
+
+    def _encode_batch(self, vectors: Vectors, codebooks: Sequence[Vectors], beam: int) -> Codes:
+        if self.normalize_residuals:
+            if beam != 1:
+                raise InvalidArgumentError(f"With normalize_residuals encoding is greedy: beam must be 1, not {beam}.")
+            return self._encode_normalized(vectors, codebooks)
+        first = self.prefix_levels
+        if first == 0 or first == self.levels or beam == self.prefix_beam == 1:
+            return choose_codes(vectors, codebooks, self.prefix_beam if first == self.levels else beam)
+        prefixes = choose_codes(vectors, codebooks[:first], self.prefix_beam)
+        left = left_over(vectors, codebooks[:first], prefixes)
+        return np.hstack([prefixes, choose_codes(left, codebooks[first:], beam)])
+
+    def _encode_normalized(self, vectors: Vectors, codebooks: Sequence[Vectors]) -> Codes:
+        codes = np.empty((len(vectors), self.levels), dtype=np.int32)
+        residuals = vectors
+        for level, (codebook, scale) in enumerate(zip(codebooks, self.state()["scales"], strict=True)):
+            residuals, words = _unit(residuals), codebook / scale
+            codes[:, level] = nearest(residuals, words)
+            residuals = residuals - words[codes[:, level]]
         return codes
 
     def decode(self, codes: Codes) -> Vectors:
@@ -114,11 +218,41 @@ class ResidualKMeans(Quantizer):
 
     def get_config(self) -> dict[str, Any]:
         """What the constructor needs, as JSON values."""
-        return {**super().get_config(), "iterations": self.iterations}
+        return super().get_config() | {
+            "iterations": self.iterations,
+            "beam": self.beam,
+            "prefix_levels": self.prefix_levels,
+            "prefix_beam": self.prefix_beam,
+            "refine": self.refine,
+            "normalize_residuals": self.normalize_residuals,
+        }
 
     def _trained(self) -> list[Vectors]:
         state = self.state()
         return [state[f"codebook_{level}"] for level in range(1, self.levels + 1)]
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
+        raise InvalidArgumentError(f"{name} must be a whole number from {least} to {most:,}, not {value!r}.")
+    return int(value)
+
+
+def _unit(vectors: Vectors) -> Vectors:
+    """The vectors at length 1; zero vectors stay as they are."""
+    lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))[:, None]
+    unit: Vectors = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
+    return unit
+
+
+def _best_scales(vectors: Vectors, codebooks: Sequence[Vectors], codes: Codes) -> NDArray[np.float32]:
+    """One factor for each codebook, such that the scaled codewords sum up to the vectors as closely as can be."""
+    words = [codebook[chosen] for codebook, chosen in zip(codebooks, codes.T, strict=True)]
+    products = np.array([[np.vdot(one, other) for other in words] for one in words], dtype=np.float64)
+    targets = np.array([np.vdot(one, vectors) for one in words], dtype=np.float64)
+    scales = np.linalg.lstsq(products, targets, rcond=None)[0].astype(np.float32)
+    scales[np.abs(scales) < _LEAST_SCALE] = _LEAST_SCALE  # encoding divides by it
+    return scales
 
 
 def bisection_order(codebook: Vectors) -> NDArray[np.int64]:

@@ -56,9 +56,9 @@ class ScalarQuantization(Quantizer):
         self.report_progress(1, 1, "ranges")
         return self
 
-    def encode(self, vectors: Vectors, *, beam: int = 1) -> Codes:
+    def encode(self, vectors: Vectors, *, beam: int | None = None) -> Codes:
         """For each dimension, the step in which its value lies."""
-        if beam != 1:
+        if beam not in (None, 1):
             raise InvalidArgumentError(f"'{self.name}' has nothing to search for: beam must be 1, not {beam!r}.")
         minimum, step = self._trained()
         vectors = as_vectors(vectors, dim=len(minimum))
