@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from semid_index.metrics import exact_search, normalized
 
@@ -32,9 +34,11 @@ def load(name: str, folder: Path = DEFAULT_FOLDER) -> Dataset:
     return {"debian": _debian, "sift128": _sift128, "mnist784": _mnist784, "sample": _sample}[name](folder)
 
 
-def beauty(folder: Path = DEFAULT_FOLDER) -> np.ndarray:
-    """The vectors of the set ``beauty``, which comes without queries: (12,101, 384)."""
-    return normalized(np.load(folder / "beauty.minilm384.f16.npy").astype(np.float32))
+def beauty(folder: Path = DEFAULT_FOLDER) -> tuple[np.ndarray, pa.Table, pa.Table]:
+    """The set ``beauty``, which comes without queries: vectors (12,101, 384), items, and IDs that others made."""
+    vectors = normalized(np.load(folder / "beauty.minilm384.f16.npy").astype(np.float32))
+    tables = (pq.read_table(folder / f"beauty.{part}.parquet") for part in ("items", "external_sids"))
+    return vectors, *tables
 
 
 def tiny(dataset: Dataset, rows: int = 2_000, queries: int = 100) -> Dataset:

@@ -29,6 +29,7 @@ from semid_index.report.quality import quality
 
 TRAINED_ON = 30_000
 BEAM = 5
+REFINE = 8
 TIMED_ROWS = 10_000
 
 
@@ -91,9 +92,6 @@ def subjects(levels: int) -> Iterator[Subject]:
         yield ours("rabitq", levels, "rabitq of 64 principal axes", dims=64)
 
 
-REFINE = 8
-
-
 def compare(levels: int, data: datasets.Dataset) -> list[Row]:
     """All subjects at so many bytes."""
     rows, faiss = data.base[:TRAINED_ON], import_faiss()
@@ -130,10 +128,11 @@ def encoding_speeds(encoders: dict[str, Callable], vectors: np.ndarray, rounds: 
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def targets(folder: Path, output: Path | None) -> None:
+def targets(folder: Path, output: Path | None, *, tiny: bool) -> None:
     """The table, and whether rq is at least as good as it should be."""
-    data = datasets.load("debian", folder)
-    results = [row for levels in (4, 8, 16) for row in compare(levels, data)]
+    data = datasets.load("sample" if tiny else "debian", folder)
+    sizes = (4,) if tiny else (4, 8, 16)
+    results = [row for levels in sizes for row in compare(levels, data)]
     print()
     print("| bytes | codes | error | recall@10 | train s | encoded rows/s |")
     print("|---|---|---|---|---|---|")
@@ -144,14 +143,14 @@ def targets(folder: Path, output: Path | None) -> None:
         )
     print()
     by = {(row.bytes, row.subject): row for row in results}
-    for levels in (4, 8, 16):
+    for levels in sizes:
         for beam, name in ((1, "rq"), (BEAM, f"rq, beam {BEAM}")):
             mine, theirs = by[levels, name], by[levels, f"FAISS ResidualQuantizer, beam {beam}"]
             print(f"{levels} bytes, beam {beam}: error {mine.error / theirs.error:.3f} x FAISS (at most 1.005 wanted),")
             print(f"    recall@10 {mine.recall:.3f}, OPQ {by[levels, 'opq'].recall:.3f} (more wanted)")
-    mine, theirs = by[8, f"rq, beam {BEAM}"], by[8, f"FAISS ResidualQuantizer, beam {BEAM}"]
-    ratio = mine.rows_per_second / theirs.rows_per_second
-    print(f"8 bytes, beam {BEAM}: {mine.rows_per_second:,.0f} rows/s, {ratio:.1f} x FAISS (2 wanted)")
+        mine, theirs = by[levels, f"rq, beam {BEAM}"], by[levels, f"FAISS ResidualQuantizer, beam {BEAM}"]
+        ratio = mine.rows_per_second / theirs.rows_per_second
+        print(f"    beam {BEAM}: {mine.rows_per_second:,.0f} rows/s, {ratio:.1f} x FAISS (2 wanted at 8 bytes)")
     print(f"4 bytes, greedy: {by[4, 'rq'].rows_per_second:,.0f} rows/s (100,000 wanted)")
     if output is not None:
         output.write_text(json.dumps([asdict(row) for row in results], indent=1) + "\n")
@@ -184,30 +183,52 @@ def starts(folder: Path) -> None:
 
 
 def published(folder: Path) -> None:
-    """``beauty`` at 3 x 256 beside what others published of sets like it."""
-    vectors = datasets.beauty(folder)
-    for name in ("rq", "balanced-rq"):
-        options = {"refine": REFINE} if name == "rq" else {}
-        quantizer = quantizer_class(name)(levels=3, codebook_size=256, **options).fit(vectors)
-        report = quality(
-            quantizer.encode(vectors), (256,) * 3, vectors=vectors, codebooks=quantizer.codebooks, metric="cosine"
+    """``beauty`` at 3 x 256 beside what others published of sets like it, and the IDs that others made for it."""
+    vectors, items, others = datasets.beauty(folder)
+    shown = {"second category": np.array([([*path, "", ""])[1] for path in items["category"].to_pylist()])}
+    ways = {"rq": {}, "rq, refine=8": {"refine": REFINE}, "balanced-rq": {}}
+    print("| codes | mean squared error a dimension | perplexity | entropy / ln K | collision rate |")
+    print("|---|---|---|---|---|")
+    reports = {}
+    for way, options in ways.items():
+        made = quantizer_class(way.split(",")[0])(levels=3, codebook_size=256, **options).fit(vectors)
+        reports[way] = report = quality(
+            made.encode(vectors), 256, vectors=vectors, codebooks=made.codebooks, labels=shown, metric="cosine"
         )
-        errors = " / ".join(f"{level.error / vectors.shape[1]:.6f}" for level in report.levels)
-        perplexities = " / ".join(f"{level.perplexity:.2f}" for level in report.levels)
-        entropies = " / ".join(f"{level.normalized_entropy:.3f}" for level in report.levels)
-        print(f"{name}: mean squared error per dimension {errors}")
-        print(f"    perplexity {perplexities}; entropy over ln K {entropies}")
-        print(f"    collision rate {report.ids.collision_rate:.2%}, {report.ids.exact_duplicates} exact duplicates")
+        columns = (
+            " / ".join(f"{level.error / vectors.shape[1]:.6f}" for level in report.levels),
+            " / ".join(f"{level.perplexity:.1f}" for level in report.levels),
+            " / ".join(f"{level.normalized_entropy:.3f}" for level in report.levels),
+            f"{report.ids.collision_rate:.2%}",
+        )
+        print(f"| {way} | {' | '.join(columns)} |")
+    for name in others.column_names[2:]:
+        codes = np.array(others[name].to_pylist())
+        ordered = "opq" not in name
+        reports[name] = quality(codes, 256, vectors=vectors, labels=shown, metric="cosine", hierarchical=ordered)
+    print()
+    print(
+        "| IDs | codes | purity of one code (by chance) | lift | recall@10 by IDs alone | items sharing an ID | error |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name, report in reports.items():
+        label = report.labels["second category"][0]
+        meaning = (
+            f"{label.purity:.1%} ({label.shuffled_purity:.1%}) | {label.lift:.2f}" if label.depth == 1 else "- | -"
+        )
+        neighbours, left = f"{report.neighbours.recall:.3f}", f"{report.levels[-1].relative_error:.1%}"
+        print(f"| {name} | {len(report.levels)} | {meaning} | {neighbours} | {report.ids.shared:.1%} | {left} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["targets", "starts", "published"])
     parser.add_argument("--data", type=Path, default=datasets.DEFAULT_FOLDER, help="the folder with the data sets")
+    parser.add_argument("--tiny", action="store_true", help="`targets` at 4 bytes on the bundled sample")
     parser.add_argument("--output", type=Path, help="write the table of `targets` as JSON too")
     arguments = parser.parse_args()
     if arguments.what == "targets":
-        targets(arguments.data, arguments.output)
+        targets(arguments.data, arguments.output, tiny=arguments.tiny)
     else:
         {"starts": starts, "published": published}[arguments.what](arguments.data)
 

@@ -25,6 +25,19 @@ def test_main_job_runs_on_the_sample(tmp_path):
     assert searched["memory bytes per item"]["vectors"] == 4 * 384
 
 
+def test_quality_and_prefixes_run_on_the_sample(tmp_path):
+    output = tmp_path / "targets.json"
+    command = [sys.executable, "-m", "benchmarks.quality", "targets", "--tiny", "--output", str(output)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = {row["subject"]: row for row in json.loads(output.read_text())}
+    assert rows["rq, beam 5"]["error"] < rows["rq"]["error"] < rows["rq, not refined"]["error"] < rows["pq"]["error"]
+    assert rows["rq"]["error"] <= 1.005 * rows["FAISS ResidualQuantizer, beam 1"]["error"]
+    assert rows["rq"]["recall"] > rows["opq"]["recall"]
+    command = [sys.executable, "-m", "benchmarks.prefixes", "--tiny"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 12
+
+
 @pytest.mark.parametrize(
     ("found", "share"), [([[1, 2], [3, 4]], 1.0), ([[2, 9], [9, 8]], 0.25), ([[7, 8], [7, 8]], 0.0)]
 )

@@ -94,7 +94,8 @@ class LocalSearchQuantization(_Additive):
     changes some codes of a vector at random and improves them all, one level after the other, until they settle; the
     best of what it sees is kept.
 
-    Encoding takes time with the square of ``levels``: about 0.5 ms per vector and core for 16 levels of 256 words.
+    Training and encoding take time with the square of ``levels``. With 16 levels of 256 words, encoding takes 1 to 2 ms
+    per vector and core, and training on 30,000 vectors of 384 dimensions a quarter of an hour.
     """
 
     name: ClassVar[str] = "lsq"

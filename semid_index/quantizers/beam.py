@@ -7,6 +7,7 @@ follow. A beam keeps the B best partial codes after each level and lets the last
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ def choose_codes(residuals: Vectors, codebooks: Sequence[Vectors], beam: int) ->
 
     ``beam=1`` takes the nearest codeword at each level; with as many as there are partial codes, it is the best sum.
     """
+    beam = min(beam, math.prod(len(codebook) for codebook in codebooks))  # a wider one gives wrong codes in FAISS
     if beam > 1 and len(codebooks) > 1 and len(residuals):
         return _with_beam(residuals, codebooks, beam)
     left = residuals.copy()
