@@ -5,8 +5,10 @@
     python -m benchmarks.balanced --tiny                       # everything, on 2,000 rows of the bundled sample
 
 Parts: ``kmeans`` (one level), ``rounds`` (what prices and more rounds are worth), ``codes`` (a whole quantizer and
-``encode_within``), ``oracle`` (small cases beside the optimal assignment), ``copies`` (many identical points).
-``debian100k`` is debian with 38,334 of its rows drawn again, each with Gaussian noise of 0.01 on every dimension.
+``encode_within``), ``oracle`` (small cases beside the optimal assignment), ``copies`` (many identical points), ``flow``
+(20,000 rows beside k-means-constrained, if installed: takes minutes).
+``debian100k`` is debian with 38,334 of its rows drawn again, each with Gaussian noise of 0.01 on every dimension;
+``sift1m`` is sift128 filled up to 1,000,000 rows in the same way, with noise of 1.
 
 Errors are ratios to k-means by FAISS on all rows, 20 iterations. Seconds are medians of runs taken in turn.
 """
@@ -56,6 +58,11 @@ def vectors_of(name: str, folder: Path) -> np.ndarray:
         return np.concatenate([base, again + rng.normal(scale=0.01, size=again.shape).astype(np.float32)])
     if name == "sift128":
         return np.load(folder / "sift128.base.u8.npy").astype(np.float32)
+    if name == "sift1m":
+        base = vectors_of("sift128", folder)
+        rng = np.random.default_rng(0)
+        again = base[rng.choice(len(base), 1_000_000 - len(base), replace=False)]
+        return np.concatenate([base, again + rng.normal(size=again.shape).astype(np.float32)])
     return datasets.load(name, folder).base
 
 
@@ -169,13 +176,36 @@ def copies(points: np.ndarray, k: int, runs: int) -> list[dict[str, object]]:
     return [{"time of balanced / plain": ratio, "largest": round(float(share(assigned, k).max()), 4)}]
 
 
-PARTS = {"kmeans": one_level, "rounds": rounds, "codes": codes, "oracle": oracle, "copies": copies}
+def flow(points: np.ndarray, k: int, runs: int) -> list[dict[str, object]]:
+    """20,000 rows beside k-means-constrained, which assigns by min-cost flow: the optimum for its centroids, slowly."""
+    try:
+        from k_means_constrained import KMeansConstrained
+    except ImportError as error:
+        return [{"skipped": f"pip install k-means-constrained ({error})"}]
+    few = points[:20_000]
+    started = time.perf_counter()
+    centroids, assigned = balanced_kmeans(few, k, seed=0)
+    seconds = time.perf_counter() - started
+    error = squared_error(few, centroids, assigned)
+    rows: list[dict[str, object]] = [{"ours": "20 moves", "seconds": round(seconds, 1)}]
+    for moves in (1, 5):
+        started = time.perf_counter()
+        theirs = KMeansConstrained(k, len(few) // k, -(-len(few) // k), n_init=1, max_iter=moves, random_state=0)
+        found = theirs.fit_predict(few.astype(np.float64))
+        seconds = time.perf_counter() - started
+        ratio = squared_error(few, theirs.cluster_centers_.astype(np.float32), found) / error
+        rows.append({"min-cost flow": f"{moves} moves", "seconds": round(seconds, 1), "error / ours": round(ratio, 4)})
+    return rows
+
+
+PARTS = {"kmeans": one_level, "rounds": rounds, "codes": codes, "oracle": oracle, "copies": copies, "flow": flow}
 SETS = {
     "kmeans": ["debian", "debian100k", "sift128"],
     "rounds": ["debian"],
     "codes": ["debian"],
     "oracle": ["debian"],
     "copies": ["debian"],
+    "flow": ["debian"],
 }
 
 

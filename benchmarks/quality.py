@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality targets      # rq against FAISS's residual quantizer and OPQ at 4, 8 and 16 bytes
     python -m benchmarks.quality starts       # where k-means starts: the first axes, or all dimensions at once
+    python -m benchmarks.quality depths       # the error after each level, by how codebooks are trained
     python -m benchmarks.quality published    # beauty beside figures that others published
 
 Everything is trained on 30,000 rows of ``debian`` and measured on the 61,666 rows that are left when 2,000 are held out
@@ -23,7 +24,9 @@ import numpy as np
 
 from benchmarks import datasets
 from semid_index.plugins import quantizer_class
+from semid_index.quantizers.beam import choose_codes
 from semid_index.quantizers.kmeans import import_faiss, kmeans, nearest
+from semid_index.quantizers.refine import mean_error
 from semid_index.report.measures import perplexity
 from semid_index.report.quality import quality
 
@@ -182,6 +185,24 @@ def starts(folder: Path) -> None:
             print(f"{name:8} {way:24} error (perplexity) {', '.join(levels)}; {seconds:.1f} s")
 
 
+def depths(folder: Path) -> None:
+    """Errors of unseen rows after each level, encoded greedily, for codebooks trained in several ways."""
+    data, faiss = datasets.load("debian", folder), import_faiss()
+    rows, unseen = data.base[:TRAINED_ON], data.base[TRAINED_ON:]
+    variance = float(np.square(unseen - unseen.mean(axis=0)).sum(axis=1).mean())
+    theirs = faiss.ResidualQuantizer(rows.shape[1], 4, 8)
+    theirs.train(rows)
+    words = faiss.vector_to_array(theirs.codebooks).reshape(4, 256, -1)
+    ways = {"FAISS, trained with a beam of 5": list(words)}
+    for options in ({}, {"refine": 4}, {"refine": REFINE}, {"refine": REFINE, "prefix_levels": 1}):
+        ways[f"rq {options}"] = quantizer_class("rq")(levels=4, **options).fit(rows).codebooks
+    for way, codebooks in ways.items():
+        codes = choose_codes(unseen, codebooks, 1)
+        errors = (mean_error(unseen, codebooks[:depth], codes[:, :depth]) / variance for depth in range(1, 5))
+        best = mean_error(unseen, codebooks, choose_codes(unseen, codebooks, BEAM)) / variance
+        print(f"{way:36} {' '.join(f'{error:.4f}' for error in errors)}; with a beam of {BEAM} {best:.4f}", flush=True)
+
+
 def published(folder: Path) -> None:
     """``beauty`` at 3 x 256 beside what others published of sets like it, and the IDs that others made for it."""
     vectors, items, others = datasets.beauty(folder)
@@ -222,7 +243,7 @@ def published(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["targets", "starts", "published"])
+    parser.add_argument("what", choices=["targets", "starts", "depths", "published"])
     parser.add_argument("--data", type=Path, default=datasets.DEFAULT_FOLDER, help="the folder with the data sets")
     parser.add_argument("--tiny", action="store_true", help="`targets` at 4 bytes on the bundled sample")
     parser.add_argument("--output", type=Path, help="write the table of `targets` as JSON too")
@@ -230,7 +251,7 @@ def main() -> None:
     if arguments.what == "targets":
         targets(arguments.data, arguments.output, tiny=arguments.tiny)
     else:
-        {"starts": starts, "published": published}[arguments.what](arguments.data)
+        {"starts": starts, "depths": depths, "published": published}[arguments.what](arguments.data)
 
 
 if __name__ == "__main__":
