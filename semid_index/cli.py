@@ -414,6 +414,9 @@ def sql(
         str, typer.Argument(metavar="SQL", help="The query; - reads it from standard input.", show_default=False)
     ],
     param: Params = None,
+    pure: Annotated[
+        bool, typer.Option("--pure", help="semid_search and the like as in any DuckDB client, without Python.")
+    ] = False,
     format: OutputFormat = None,
 ) -> None:
     """Run SQL on the index, which is opened for reading only.
@@ -422,19 +425,53 @@ def sql(
     `items` has your metadata. DuckDB runs what it is given, also what reads other files: never give it
     the text of a stranger.
 
+    Searches run in Python, which reads the index first, and pays for many queries; for a few, `--pure` is quicker.
+
     - `semid sql catalog.duckdb "SELECT c1, count(*) AS n FROM semantic_ids GROUP BY ALL ORDER BY n DESC"`
     """
     import duckdb
 
     import semid_index as semid
+    from semid_index.sql_search import plain_message
 
-    with semid.open(index, read_only=True) as opened:
+    with semid.open(index, read_only=True, vectors_in="file") as opened:  # no need to read them all for one answer
         try:
-            relation = opened.sql(sys.stdin.read() if query == "-" else query, parse_params(param))
+            relation = opened.sql(sys.stdin.read() if query == "-" else query, parse_params(param), pure=pure)
             if relation is not None:  # statements such as SET have no result
                 write(relation.to_arrow_table(), format)
         except duckdb.Error as error:
-            fail(str(error))
+            fail(plain_message(error))
+
+
+@app.command()
+def export(
+    index: IndexFile,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="What to write: .parquet .csv .json .jsonl", show_default=False
+        ),
+    ],
+    metadata: Annotated[bool, typer.Option("--metadata", help="Also write the columns of items.")] = False,
+    vectors: Annotated[bool, typer.Option("--vectors", help="Also write the stored vectors, as float32.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    format: OutputFormat = None,
+) -> None:
+    """Write the IDs of all items to one file that any program can read, sorted so that shelves lie together.
+
+    Its columns are id, sid, semantic_id, c1, c2 ... (codes), dup_rank and version. In any DuckDB,
+    `SELECT * FROM 'ids.parquet' WHERE sid BETWEEN ... AND ...` (or `WHERE c1 = 12 AND c2 = 153`) reads
+    a small part of a Parquet file.
+
+    - `semid export catalog.duckdb -o ids.parquet`
+    - `semid export catalog.duckdb -o everything.parquet --metadata --vectors`
+    """
+    import semid_index as semid
+
+    with semid.open(index, read_only=True) as opened:
+        items = opened.export(output, metadata=metadata, vectors=vectors, overwrite=overwrite)
+    record = {"file": str(output), "items": items, "bytes": output.stat().st_size}
+    write_record(record, format, lambda: f"Wrote the IDs of {items:,} items to {output}: {record['bytes']:,} bytes.")
 
 
 @app.command()

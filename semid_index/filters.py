@@ -42,6 +42,8 @@ MAX_DEPTH = 200
 """How deep brackets or expressions may be nested."""
 MAX_PATTERN_LENGTH = 1_000
 """Characters of a LIKE or regular expression."""
+MAX_PATTERN_SIZE = 300
+"""Characters of a regular expression after its repetitions are written out: ``(ab?){10}`` has 30."""
 MAX_FORMAT_LENGTH = 100
 """Characters of a date format."""
 MAX_WILDCARDS = 2
@@ -71,6 +73,11 @@ _PATTERN_ARGUMENTS = {
     "regexp_full_match": (1, MAX_PATTERN_LENGTH),
     "strftime": (1, MAX_FORMAT_LENGTH),
 }
+_REGULAR = frozenset({"regexp_matches", "regexp_full_match"})
+# Escapes, classes such as [^]a[:alpha:]], and repetitions are parts. (\Q..\E, where they are not, is refused.)
+_REGULAR_PART = re.compile(
+    r"\\. | \[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\] | \{(?P<least>\d+)(?:,(?P<most>\d*))?\} | .", re.VERBOSE | re.DOTALL
+)
 _ARITHMETIC = frozenset({"+", "-", "*", "/", "//", "%"})
 _LIKES = {
     "~~": "LIKE",
@@ -446,8 +453,15 @@ class _Writer:
                 f"{operator} '{_shown(pattern)}': at most {MAX_WILDCARDS} '%' are allowed besides those at the end, "
                 "because more can take minutes for a single row. Use regexp_matches(text, pattern)."
             )
-        tested, *others = (self.expression(argument) for argument in arguments)
-        return f"({tested} {operator} {' ESCAPE '.join(others)})"
+        tested, like, *escape = arguments
+        others = [self._concatenation(like), *(self.expression(argument) for argument in escape)]
+        return f"({self.expression(tested)} {operator} {' ESCAPE '.join(others)})"
+
+    def _concatenation(self, node: Node) -> str:
+        """A pattern, which may be put together with ``||``: ``'%' || $1 || '%'``. What is checked is the whole."""
+        if not _is_concatenation(node):
+            return self.expression(node)
+        return f"({' || '.join(self._concatenation(argument) for argument in _arguments(node))})"
 
     def _check_pattern(self, name: str, arguments: list[Node], place: int, longest: int) -> str:
         """The pattern, which must be known before the filter runs; empty if it is NULL or not given."""
@@ -462,6 +476,15 @@ class _Writer:
             raise FilterError(
                 f"The pattern or format of {name} has {len(pattern):,} characters; at most {longest:,} are allowed."
             )
+        if name in _REGULAR and "\\Q" in pattern:
+            raise FilterError(
+                f"The pattern of {name} has \\Q in it, which is not allowed: write \\ before each character."
+            )
+        if name in _REGULAR and (size := _expanded_size(pattern)) > MAX_PATTERN_SIZE:
+            raise FilterError(
+                f"The pattern of {name} has {size:,} parts with its repetitions written out; at most "
+                f"{MAX_PATTERN_SIZE:,} are allowed, because more can take minutes. Repeat less, or use length(..)."
+            )
         return pattern
 
     def _known_value(self, node: Node) -> Any:
@@ -471,6 +494,11 @@ class _Writer:
         if node["class"] == "CONSTANT":
             kind, text = _literal(node)
             return {"STRING": text, "NULL_LITERAL": None}.get(kind, NotImplemented)
+        if _is_concatenation(node):
+            parts = [self._known_value(argument) for argument in _arguments(node)]
+            if None in parts:
+                return None
+            return "".join(parts) if all(isinstance(part, str) for part in parts) else NotImplemented
         return NotImplemented
 
     def _membership(self, name: str, values: Node, tested: Node) -> str:
@@ -536,6 +564,32 @@ def _shown(text: str) -> str:
 def _arguments(node: Node) -> list[Node]:
     """The arguments of a function. A named one has its name as alias, too, which ``expression`` refuses."""
     return [argument["expression"] for argument in node["arguments"]] if "arguments" in node else node["children"]
+
+
+def _expanded_size(pattern: str) -> int:
+    """How long a regular expression is once its repetitions are written out, which is what RE2 does with it."""
+    outer: list[int] = []  # sizes of the groups around, as far as they were read
+    size = last = 0  # of the group that is read, and of its last part
+    for part in _REGULAR_PART.finditer(pattern):
+        text = part.group()
+        if text == "(":
+            outer.append(size)
+            size = last = 0
+        elif text == ")" and outer:
+            last = size
+            size += outer.pop()
+        elif part["least"]:
+            times = max(int(part["least"]), int(part["most"] or 1), 1)
+            size += last * (times - 1)
+            last *= times
+        else:
+            last = 1
+            size += 1
+    return size + sum(outer)
+
+
+def _is_concatenation(node: Node) -> bool:
+    return node["class"] == "FUNCTION" and node["function_name"] == "||" and bool(node["is_operator"])
 
 
 def _qualifiers(node: Node) -> set[str]:

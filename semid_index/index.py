@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from threading import RLock
 from types import TracebackType
@@ -27,6 +27,7 @@ from semid_index import build
 from semid_index.codes import check_prefix, format_id, parse_prefix, unpack
 from semid_index.collisions import CollisionPolicy, Share, own_quantizer
 from semid_index.errors import (
+    FilterError,
     InvalidArgumentError,
     InvalidCodesError,
     InvalidIdsError,
@@ -35,7 +36,8 @@ from semid_index.errors import (
     PrefixNotSupportedError,
     UnknownIdError,
 )
-from semid_index.filters import check_filter
+from semid_index.export import export
+from semid_index.filters import CheckedFilter, check_filter
 from semid_index.items import as_ids, check_count, id_type
 from semid_index.metrics import check_metric, normalized
 from semid_index.plugins import collision_policy_class, quantizer_class
@@ -58,6 +60,7 @@ from semid_index.report.quality import quality
 from semid_index.report.records import QualityReport
 from semid_index.rerank import FileVectors
 from semid_index.search import SearchRequest, SearchState, search
+from semid_index.sql_search import SEARCHES, ByCodes, SqlSearch, searches_in
 from semid_index.store import Store, fixed_size_list
 from semid_index.vectors import as_queries, as_vectors, open_vectors
 
@@ -176,8 +179,11 @@ class SemanticIndex:
         self._tail = tail
         self._vectors_in: Literal["memory", "file"] = vectors_in
         self._state: SearchState | None = None
+        self._by_codes: ByCodes | None = None
+        self._sql_search: SqlSearch | None = None
         self._engine: sqlalchemy.Engine | None = None
         self._lock = RLock()
+        self._sql_lock = RLock()  # an own one, so that no query waits until items are added
         self.config = store.config
 
     # -- learning and adding ------------------------------------------------------------------------------------------
@@ -227,7 +233,7 @@ class SemanticIndex:
                 on_bad_vectors=on_bad_vectors,
                 progress=report,
             )
-            self._state = None
+            self._state = self._by_codes = None
         return added
 
     # -- searching ----------------------------------------------------------------------------------------------------
@@ -237,7 +243,7 @@ class SemanticIndex:
         query: Any,
         k: int = 10,
         *,
-        where: str | Mapping[str, Any] | None = None,
+        where: str | Mapping[str, Any] | sqlalchemy.ColumnElement[bool] | None = None,
         params: Sequence[Any] | Mapping[str, Any] | None = None,
         probes: int | None = None,
         rerank: int | None = None,
@@ -247,24 +253,47 @@ class SemanticIndex:
     ) -> SearchResult:
         """The k items nearest to a query (dim,), or to each query of a batch (q, dim).
 
-        ``where``: an SQL expression over the metadata, with ``?`` for ``params``; then only items that fulfil it are
-        found. ``probes``: leaves to open (by default as many as hold about 48 sqrt(n) items). ``rerank``: candidates
-        to compute exact distances for (by default 4 k, at least 100; four times that under ip). ``exact=True``: brute
-        force. ``threads``: by default all cores. ``timeout``: seconds, after which :class:`SearchTimeoutError` is
-        raised. Fewer than k hits come back only where fewer items exist.
+        ``where``: an SQL expression over the metadata, with ``?`` for ``params``, a mapping of conditions, or a
+        condition of SQLAlchemy; then only items that fulfil it are found. ``probes``: leaves to open (by default as
+        many as hold about 48 sqrt(n) items). ``rerank``: candidates to compute exact distances for (by default 4 k, at
+        least 100; four times that under ip). ``exact=True``: brute force. ``threads``: by default all cores.
+        ``timeout``: seconds, after which :class:`SearchTimeoutError` is raised; without one, a filter may take 60
+        seconds, and the rest as long as it likes. Fewer than k hits come back only where fewer items exist.
         """
-        queries, single = as_queries(query, dim=self.config.dim)
-        if not len(queries):
-            raise InvalidVectorsError("There are no queries: the array has 0 rows. Give one or more.")
-        self._check_usable(queries, "query")
-        request = SearchRequest(queries, single, k, probes, rerank, exact, threads, timeout)
+        request = self._request(query, k, probes, rerank, exact, threads, timeout)
         if where is None:
             if params is not None:
                 raise InvalidArgumentError("params belong to a where expression, and there is none.")
             return search(self._search_state, request)
-        self._check_trained()
-        condition = check_filter(where, params, self._store.filter_columns())
-        return search(self._search_state, request, lambda: self._store.matching_rows(condition))
+        if self._state is None:
+            self._check_trained()
+        columns = self._store.filter_columns()
+        condition = self._condition(where, params, columns)
+        return search(
+            self._search_state,
+            request,
+            lambda seconds: self._store.matching_rows(condition, columns, timeout=seconds),
+        )
+
+    def _condition(self, where: Any, params: Any, columns: Mapping[str, str]) -> CheckedFilter:
+        if isinstance(where, str | Mapping):
+            return check_filter(where, params, columns)
+        from semid_index.sql.conditions import filter_of  # SQLAlchemy takes a while to import
+
+        if params is not None:
+            raise FilterError("A condition of SQLAlchemy brings its own values: leave params out.")
+        return check_filter(*filter_of(where, self._store.item_columns()), columns)
+
+    def _request(self, query: Any, *options: Any) -> SearchRequest:
+        queries, single = as_queries(query, dim=self.config.dim)
+        if not len(queries):
+            raise InvalidVectorsError("There are no queries: the array has 0 rows. Give one or more.")
+        self._check_usable(queries, "query")
+        return SearchRequest(queries, single, *options)
+
+    def _search_codes(self, query: Any, k: int, *, probes: int | None = None) -> SearchResult:
+        """The k items nearest to a query, or to each of a batch, by what their codes decode to."""
+        return search(self._state_by_codes, self._request(query, k, probes))
 
     def explain(self, query: Any, k: int = 10, **options: Any) -> SearchTrace:
         """Search for one query and tell how: the leaves opened, candidates, the time of each step."""
@@ -352,25 +381,55 @@ class SemanticIndex:
             table = table.append_column("vector", self._stored_vectors(table["id"].combine_chunks()))
         return table
 
-    def sql(self, query: str, params: Sequence[Any] | Mapping[str, Any] | None = None) -> duckdb.DuckDBPyRelation:
+    def sql(
+        self, query: str, params: Sequence[Any] | Mapping[str, Any] | None = None, *, pure: bool = False
+    ) -> duckdb.DuckDBPyRelation:
         """Run SQL over the view ``semantic_ids``, your ``items`` and the tables of the index; a DuckDB relation.
 
+        ``semid_search``, ``semid_search_exact``, ``semid_search_many`` and ``semid_similar`` run in Python, many
+        queries at a time, and find what :meth:`search` and :meth:`similar` find (the first and the third by codes
+        alone). With ``pure=True`` they are the macros in the file, as any DuckDB client has them.
         The text is trusted: it can do whatever DuckDB can. Never build it from what strangers type.
         """
-        return self._store.cursor().sql(query, params=params)
+        cursor = self._store.cursor()
+        if not pure and (searches := searches_in(query)):
+            self._make_searchable(cursor, searches)
+        return cursor.sql(query, params=params)
 
     def engine(self) -> sqlalchemy.Engine:
         """An SQLAlchemy engine over the index's own connection, until the index is closed. Always the same one.
 
         ``semid_index.sql`` has the tables, and what is said about semantic IDs in a query. Your own tables may be
-        written; ``semid_*`` tables may not, and of ``items`` only the columns with metadata.
+        written; ``semid_*`` tables may not, and of ``items`` only the columns with metadata. ``semid_search`` and the
+        like are those of :meth:`sql`.
         """
-        from semid_index.sql import engine_of  # SQLAlchemy takes a while to import
+        from sqlalchemy import event  # SQLAlchemy takes a while to import
+
+        from semid_index.sql import engine_of
 
         with self._lock:
             if self._engine is None:
                 self._engine = engine_of(self._store)
+                event.listen(self._engine, "connect", lambda made, _: self._make_searchable(made.settled(), SEARCHES))
             return self._engine
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        metadata: bool | Sequence[str] = False,
+        vectors: bool = False,
+        overwrite: bool = False,
+    ) -> int:
+        """Write the IDs of all items, sorted, to a file that any program can read; returns how many.
+
+        The name of the file says how: ``.parquet``, ``.csv``, ``.json`` or ``.jsonl``. Its columns are id, sid,
+        semantic_id, c1, c2, ..., dup_rank and version. ``metadata``: also the columns of ``items``, all or those that
+        are listed. ``vectors``: also the stored vectors, as float32. Raises :class:`IndexExistsError` if the file
+        exists, unless ``overwrite``, and :class:`StorageError` if it cannot be written; then there is no half of it.
+        """
+        self._check_trained()
+        return export(self._store, path, metadata=metadata, vectors=vectors, overwrite=overwrite)
 
     def stats(self) -> dict[str, Any]:
         """What the index is and what it costs, in plain values."""
@@ -459,9 +518,13 @@ class SemanticIndex:
 
     def close(self) -> None:
         """Release the file. Closing twice is allowed."""
-        self._state = None
+        self._state = self._by_codes = None
         if self._engine is not None:
             self._engine.dispose()
+        with self._sql_lock:
+            if self._sql_search is not None:
+                self._sql_search.close()
+            self._sql_search = None
         self._store.close()
 
     def __enter__(self) -> Self:
@@ -506,6 +569,22 @@ class SemanticIndex:
                 state = SearchState(self._store, self._quantizer, self._tail, vectors_in=self._vectors_in)
                 self._state = state.prepare()
             return self._state
+
+    def _state_by_codes(self) -> SearchState:
+        """The same items, to be searched by their codes alone."""
+        state, by_codes = self._search_state(), self._by_codes
+        if by_codes is None or by_codes.of is not state:
+            self._by_codes = by_codes = ByCodes(state)
+        return by_codes
+
+    def _make_searchable(self, connection: duckdb.DuckDBPyConnection, searches: Iterable[str]) -> None:
+        """Let a connection search in Python. Without items there is nothing to find, and no type for the ids."""
+        with self._sql_lock:
+            id_type = self._store.id_type if self._sql_search is None else None
+            if id_type is not None:
+                self._sql_search = SqlSearch(self, self._store, id_type)
+            if self._sql_search is not None:
+                self._sql_search.install(connection, searches)
 
     def _codes_and_ids(self) -> tuple[Codes, pa.Array]:
         """The codes and ids of all items, in the order they were added."""

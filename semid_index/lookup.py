@@ -97,6 +97,32 @@ def whole_index(n: int, layout: CodeLayout) -> Leaves:
 
 
 @dataclass(frozen=True)
+class Matches:
+    """The items that a filter lets through."""
+
+    allowed: NDArray[np.bool_]
+    """(n,) for each position, whether the item there is one of them."""
+    positions: NDArray[np.int64]
+    """(m,) their positions, in order."""
+    starts: NDArray[np.int64]
+    """(n_leaves + 1,) leaf i holds ``positions[starts[i]]`` to ``positions[starts[i + 1]]``, the last one not."""
+
+    @classmethod
+    def among(cls, leaves: Leaves, allowed: NDArray[np.bool_]) -> Matches:
+        """Those that are allowed."""
+        positions = np.flatnonzero(allowed)
+        return cls(allowed, positions, np.searchsorted(positions, leaves.starts))
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """(n_leaves,) how many each leaf holds."""
+        return np.diff(self.starts)
+
+
+@dataclass(frozen=True)
 class LeafScorer:
     """Scores leaves for queries: the smaller, the nearer.
 
@@ -195,6 +221,10 @@ class Probes:
         """(q,) leaves to open."""
         counts: NDArray[np.int64] = (self.leaves >= 0).sum(axis=1)
         return counts
+
+    def of(self, queries: NDArray[np.int64]) -> Probes:
+        """Those of some of the queries."""
+        return Probes(self.leaves[queries], self.scores[queries], self.candidates[queries])
 
 
 def choose_probes(

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from semid_index import metrics
 from semid_index.codes import unpack
 from semid_index.errors import RESTORE, CorruptIndexError, MissingDependencyError
-from semid_index.lookup import Leaves, Probes
+from semid_index.lookup import Leaves, Matches, Probes
 from semid_index.quantizer import Quantizer, Vectors
 from semid_index.quantizers.kmeans import import_faiss, openmp_threads
 from semid_index.quantizers.tail import Tail, pad
@@ -37,6 +37,7 @@ Distances = NDArray[np.float32]
 
 _GATHER_BYTES = 16 << 20  # candidates' vectors copied together at once
 _EXACT_BLOCK = 65_536  # stored vectors compared at once by brute force
+_LIST_BYTES = 64 << 20  # matching vectors copied together at once, to be scanned for many queries
 _STORED_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -285,7 +286,7 @@ class FaissTailExecutor:
         lists.by_residual = False
         lists.pq = data.tail.quantizer()
         lists.is_trained = True
-        fill_lists(lists, data.leaves, data.tail_codes())
+        fill_lists(lists, data.leaves.starts, data.tail_codes())
         # FastScan lays codes out in blocks; filling its lists directly would corrupt memory, so it converts plain ones
         self._index = faiss.IndexIVFPQFastScan(lists)
         self._bytes = len(data.codes.rows) * (data.tail.parts // 2 + 8)
@@ -340,7 +341,7 @@ class FaissCodeExecutor:
             norm_pointer = None if inner_product else faiss.swig_ptr(norms)
             index.rq.pack_codes(len(codes), faiss.swig_ptr(codes), faiss.swig_ptr(block), -1, norm_pointer, None)
             packed[part] = block
-        fill_lists(index, data.leaves, packed)
+        fill_lists(index, data.leaves.starts, packed)
         self._index = index
         self._bytes = packed.nbytes + 8 * len(packed)
 
@@ -365,14 +366,14 @@ def choose_executor(data: ScanData) -> Executor:
     return NumpyExecutor(data)
 
 
-def fill_lists(index: Any, leaves: Leaves, codes: NDArray[np.uint8]) -> None:
-    """Give a FAISS inverted file the codes of each leaf, numbered by position."""
+def fill_lists(index: Any, starts: NDArray[np.int64], codes: NDArray[np.uint8]) -> None:
+    """Give a FAISS inverted file its codes, numbered as they stand: list i gets ``codes[starts[i]:starts[i + 1]]``."""
     faiss = import_faiss()
     positions = np.arange(len(codes), dtype=np.int64)  # held by a name: FAISS reads it through a bare pointer
     codes = np.ascontiguousarray(codes)
-    for leaf, (start, end) in enumerate(zip(leaves.starts[:-1].tolist(), leaves.starts[1:].tolist(), strict=True)):
+    for number, (start, end) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
         ids, entries = positions[start:end], codes[start:end]
-        index.invlists.add_entries(leaf, end - start, faiss.swig_ptr(ids), faiss.swig_ptr(entries))
+        index.invlists.add_entries(number, end - start, faiss.swig_ptr(ids), faiss.swig_ptr(entries))
     index.ntotal = len(codes)
 
 
@@ -385,8 +386,8 @@ def search_lists(index: Any, queries: Vectors, probes: Probes, k: int) -> tuple[
     return distances, positions
 
 
-def candidates_of(leaves: Leaves, probes: Probes) -> Iterator[Positions]:
-    """The positions in the probed leaves, query by query."""
+def candidates_of(leaves: Leaves | Matches, probes: Probes) -> Iterator[Positions]:
+    """What the probed leaves hold, query by query: positions of items, or places in the positions of matches."""
     for chosen in probes.leaves:
         opened = chosen[chosen >= 0]
         yield _ranges(leaves.starts[opened], leaves.starts[opened + 1])
@@ -402,6 +403,52 @@ def search_candidates(
         found, near = vectors.nearest(queries[i : i + 1], k, mine)
         positions[i, : found.shape[1]], distances[i, : found.shape[1]] = found[0], near[0]
     return distances, positions
+
+
+def search_matches(
+    vectors: VectorsByPosition, queries: Vectors, matches: Matches, probes: Probes, k: int
+) -> tuple[Positions, Distances]:
+    """The k nearest of the matches in the probed leaves, by exact distances: (q, k) each, padded with -1 and inf.
+
+    What any query needs is copied once, however many queries need it, into a FAISS inverted file that lives as long as
+    this call.
+    """
+    if not faiss_works():
+        candidates = (matches.positions[mine] for mine in candidates_of(matches, probes))
+        return search_candidates(vectors, queries, candidates, k)[::-1]
+    opened = np.unique(probes.leaves[probes.leaves >= 0])
+    lists = np.full(len(matches.counts) + 1, -1)  # the last for the -1 that probes are padded with
+    lists[opened] = np.arange(len(opened))
+    probed = Probes(lists[probes.leaves], probes.scores, probes.candidates)
+    copied = matches.positions[_ranges(matches.starts[opened], matches.starts[opened + 1])]
+    starts = np.concatenate([[0], np.cumsum(matches.counts[opened])])
+    best = np.empty((len(queries), 0), dtype=np.int64), np.empty((len(queries), 0), dtype=np.float32)
+    block = max(1, _LIST_BYTES // (4 * vectors.dim))
+    for start in range(0, len(copied), block):  # a list may begin in one block and end in the next
+        part = copied[start : start + block]
+        found, near = _nearest_in_lists(vectors, queries, part, np.clip(starts - start, 0, len(part)), probed, k)
+        best = smallest(np.concatenate([best[0], found], axis=1), np.concatenate([best[1], near], axis=1), k)
+    return best
+
+
+def _nearest_in_lists(
+    vectors: VectorsByPosition, queries: Vectors, positions: Positions, starts: Positions, probes: Probes, k: int
+) -> tuple[Positions, Distances]:
+    """The k nearest of the items at some positions; probe i opens ``positions[starts[i]:starts[i + 1]]``."""
+    faiss = import_faiss()
+    rows = vectors.take(positions)
+    rows = np.ascontiguousarray(metrics.normalized(rows) if vectors.metric == "cosine" else rows)
+    metric = faiss.METRIC_L2 if vectors.metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    no_centroids = faiss.IndexFlat(vectors.dim, metric)
+    index = faiss.IndexIVFFlat(no_centroids, vectors.dim, len(starts) - 1, metric)
+    index.is_trained = True
+    fill_lists(index, starts, rows.view(np.uint8))
+    near, found = search_lists(index, queries, probes, k)
+    if vectors.metric == "l2":
+        distances = np.sqrt(np.maximum(near, 0))
+    else:
+        distances = -near if vectors.metric == "ip" else np.clip(1 - near, 0, 2)
+    return np.where(found >= 0, positions[found], -1), np.where(found >= 0, distances, np.float32(np.inf))
 
 
 def smallest(positions: Positions, distances: Distances, k: int) -> tuple[Positions, Distances]:

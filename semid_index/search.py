@@ -20,6 +20,7 @@ from semid_index.items import check_count
 from semid_index.lookup import (
     LeafScorer,
     Leaves,
+    Matches,
     Probes,
     additive_scorer,
     centroid_scorer,
@@ -40,10 +41,10 @@ from semid_index.rerank import (
     Positions,
     ScanData,
     VectorsByPosition,
-    candidates_of,
     choose_executor,
     faiss_threads,
-    search_candidates,
+    faiss_works,
+    search_matches,
     smallest,
     stored_in_place,
 )
@@ -55,6 +56,13 @@ _RERANK_PER_HIT = 4
 _LEAST_BUDGET = 4_096
 _BUDGET_PER_ROOT = 48.0
 _SHOWN_PROBES = 64
+# of searches with a filter; what was measured: docs/decisions/0011
+_FEW_BUDGETS = 3  # up to so many budgets, matches are compared one and all: in a block each costs less
+_LEAST_MATCHES = 4_096  # the smallest budget
+_MATCHES_POWER = 2 / 3
+_MANY_SHARE = 0.25  # from here on all items are scanned, and those that do not match dropped
+_SCAN_MARGIN = 1.5
+_FILTER_SECONDS = 60.0  # that a filter may take in a search without a timeout
 
 
 def default_leaf_size(items: int) -> int:
@@ -65,6 +73,14 @@ def default_leaf_size(items: int) -> int:
 def default_budget(items: int) -> int:
     """Candidates that a search looks at by default: 48 sqrt(n), at least 4,096 (docs/decisions/0003)."""
     return max(_LEAST_BUDGET, int(_BUDGET_PER_ROOT * math.sqrt(items)))
+
+
+def filtered_budget(matches: int, items: int) -> int:
+    """Matches that a search with a filter looks at by default: fewer than without, but not in proportion.
+
+    The rarer matches are, the farther away are the nearest of them, and the more leaves have to be opened.
+    """
+    return max(_LEAST_MATCHES, int(default_budget(items) * (matches / max(items, 1)) ** _MATCHES_POWER))
 
 
 def default_rerank(k: int, metric: Metric = "l2") -> int:
@@ -139,11 +155,12 @@ class SearchState:
         _ = self.scorer, self.vectors, self.executor, self.ids
         return self
 
-    def positions(self, rows: NDArray[np.int64]) -> Positions:
-        """The positions of some rows, in order; rows that were added after this state was read are left out."""
-        known = rows[rows < len(self.position_of_row)]
-        found = np.sort(self.position_of_row[known])
-        return found[np.searchsorted(found, 0) :]
+    def matches(self, rows: NDArray[np.int64]) -> Matches:
+        """The items with these rows; rows that were added after this state was read are left out."""
+        found = self.position_of_row[rows[rows < len(self.position_of_row)]]
+        allowed = np.zeros(len(self), dtype=bool)
+        allowed[found[found >= 0]] = True
+        return Matches.among(self.leaves, allowed)
 
     def codes_at(self, positions: Positions) -> NDArray[np.int32]:
         """The codes at some positions: (m, levels)."""
@@ -227,6 +244,10 @@ class _Clock:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - before
 
+    def left(self, otherwise: float) -> float:
+        """Seconds until the timeout, or another number of seconds where there is none."""
+        return otherwise if self.timeout is None else self.timeout - (time.perf_counter() - self.started)
+
     def check(self) -> None:
         if self.timeout is not None and time.perf_counter() - self.started > self.timeout:
             raise SearchTimeoutError(
@@ -245,19 +266,24 @@ class _Hits:
 
 
 def search(
-    load: Callable[[], SearchState], request: SearchRequest, match: Callable[[], NDArray[np.int64]] | None = None
+    load: Callable[[], SearchState],
+    request: SearchRequest,
+    match: Callable[[float], NDArray[np.int64]] | None = None,
 ) -> SearchResult:
-    """The k nearest items for each query; only of the rows that ``match`` gives, if there is a filter."""
+    """The k nearest items for each query.
+
+    ``match``: with a filter, gives the rows that fulfil it, within the number of seconds that it is called with.
+    """
     clock = _Clock(request.timeout)
     with clock.step("load"):
         state = load()
-    matching = None
+    matches = None
     if match is not None:
+        clock.check()
         with clock.step("filter"):
-            matching = state.positions(match())
-    items = len(state) if matching is None else len(matching)
-    k = min(int(request.k), items)
-    plan = _plan(state, request, items, filtered=match is not None)
+            matches = state.matches(match(clock.left(_FILTER_SECONDS)))
+    k = min(int(request.k), len(state) if matches is None else len(matches))
+    plan = _plan(state, request, matches)
     blocks: list[_Hits] = []
     with faiss_threads(request.threads):
         for start in range(0, len(request.queries), _BLOCK) if k else ():
@@ -265,29 +291,57 @@ def search(
             queries = request.queries[start : start + _BLOCK]
             if state.config.metric == "cosine":
                 queries = normalized(queries)
-            blocks.append(_search_block(state, request, queries, k, plan.way, matching, clock))
+            blocks.append(_search_block(state, request, queries, k, plan, matches, clock))
     clock.check()
-    return _result(state, request, blocks, plan.text, items if match is not None else None, clock)
+    return _result(state, request, blocks, plan, matches, clock)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    way: Literal["nothing", "exact", "filtered", "leaves"]
+    """How a search is carried out, and why."""
+
+    way: Literal["nothing", "exact", "matches", "scan"]
+    """``matches``: exact distances to the matches of the best leaves. ``scan``: let the executor scan the best leaves,
+    drop what does not match, and re-rank."""
+    budget: int
+    """Items to look at, of those that match."""
     text: str
 
 
-def _plan(state: SearchState, request: SearchRequest, items: int, *, filtered: bool) -> _Plan:
-    """How to carry out a search, and why."""
+def _plan(state: SearchState, request: SearchRequest, matches: Matches | None) -> _Plan:
+    if matches is not None:
+        return _filtered_plan(state, request, matches)
+    items, leaves = len(state), len(state.leaves)
     if not items:
-        return _Plan("nothing", "no item can be a hit")
-    of_what = "all items that fulfil the filter" if filtered else "all items"
+        return _Plan("nothing", 0, "no item can be a hit")
     if request.exact:
-        return _Plan("exact", f"distances to {of_what}, because exact=True")
-    if filtered and items <= default_budget(items):
-        return _Plan("exact", f"distances to {of_what}, because they are few ({items:,})")
-    if filtered:
-        return _Plan("filtered", f"probe leaves that hold some of the {items:,} items that fulfil the filter")
-    return _Plan("leaves", f"probe the best of {len(state.leaves):,} leaves")
+        return _Plan("exact", items, "distances to all items, because exact=True")
+    return _Plan("scan", default_budget(items), f"probe the best of {leaves:,} leaves")
+
+
+def _filtered_plan(state: SearchState, request: SearchRequest, matches: Matches) -> _Plan:
+    """Few matches are compared one and all; many are found by a search as without a filter; others leaf by leaf."""
+    found, items, leaves = len(matches), len(state), len(state.leaves)
+    budget = filtered_budget(found, items)
+    share = f"{found:,} of {items:,} items match"
+    if not found:
+        return _Plan("nothing", 0, "no item can be a hit: none matches the filter")
+    if request.exact:
+        return _Plan("exact", found, f"{share}: distances to all of them, because exact=True")
+    few = _Plan("exact", found, f"{share}: distances to all of them, because they are few")
+    if found <= max(_LEAST_MATCHES, _FEW_BUDGETS * request.k):
+        return few
+    if found >= _MANY_SHARE * items and not state.executor.exact:
+        text = f"{share}: scan the best of {leaves:,} leaves and drop what does not match, because many do"
+        return _Plan("scan", budget, text)
+    if found <= _FEW_BUDGETS * budget:
+        return few
+    if leaves == 1:
+        return _Plan("exact", found, f"{share}: distances to all of them, because there is only one leaf")
+    holding = np.count_nonzero(matches.counts)
+    until = f"until {request.probes:,} are open" if request.probes else f"until they hold {budget:,} matches"
+    text = f"{share}, in {holding:,} of {leaves:,} leaves: open the best of these {until}, and only look at the matches"
+    return _Plan("matches", budget, text)
 
 
 def _search_block(
@@ -295,24 +349,32 @@ def _search_block(
     request: SearchRequest,
     queries: Vectors,
     k: int,
-    way: str,
-    allowed: Positions | None,
+    plan: _Plan,
+    matches: Matches | None,
     clock: _Clock,
 ) -> _Hits:
-    if way == "exact":
+    if plan.way == "exact":
+        allowed = None if matches is None else matches.positions
         with clock.step("rerank"):
             positions, distances = state.vectors.nearest(queries, k, allowed)
-        return _Hits(positions, distances, reranked=float(state.vectors.count if allowed is None else len(allowed)))
+        return _Hits(positions, distances, reranked=float(plan.budget))
     with clock.step("lookup"):
-        items = state.leaves.sizes if allowed is None else np.diff(np.searchsorted(allowed, state.leaves.starts))
-        budget = default_budget(int(items.sum()))
-        threads = request.threads or os.cpu_count() or 1
         probes = choose_probes(
-            state.scorer, queries, items, at_least=k, budget=budget, probes=request.probes, threads=threads
+            state.scorer,
+            queries,
+            state.leaves.sizes if matches is None else matches.counts,
+            at_least=k,
+            budget=plan.budget,
+            probes=request.probes,
+            threads=request.threads or os.cpu_count() or 1,
         )
-    if allowed is not None:
-        return _scan_allowed(state, queries, probes, allowed, k, clock)
+    if plan.way == "matches" and matches is not None:
+        with clock.step("rerank"):
+            positions, distances = search_matches(state.vectors, queries, matches, probes, k)
+        return _Hits(positions, distances, probes, float(probes.candidates.mean()))
     rerank = min(max(int(request.rerank or default_rerank(k, state.config.metric)), k), int(probes.candidates.max()))
+    if matches is not None:
+        return _scan_and_check(state, queries, probes, matches, k, rerank, clock)
     with clock.step("scan"):
         distances, positions = state.executor.search(queries, probes, k if state.executor.exact else rerank)
     if state.executor.exact:
@@ -323,20 +385,39 @@ def _search_block(
     return _Hits(positions, distances, probes, float(rerank))
 
 
-def _scan_allowed(
-    state: SearchState, queries: Vectors, probes: Probes, allowed: Positions, k: int, clock: _Clock
+def _scan_and_check(
+    state: SearchState, queries: Vectors, probes: Probes, matches: Matches, k: int, rerank: int, clock: _Clock
 ) -> _Hits:
-    """Exact distances for those items of the probed leaves that a filter allows."""
+    """Scan for more than enough, and re-rank what matches; where that was too little, look at the matches alone."""
+    with clock.step("scan"):
+        opened = np.where(probes.leaves >= 0, state.leaves.sizes[probes.leaves], 0).sum(axis=1)
+        wanted = min(math.ceil(_SCAN_MARGIN * rerank * len(state) / len(matches)), int(opened.max()))
+        scanned = state.executor.search(queries, probes, wanted)[1]
+        kept = _first_allowed(scanned, matches.allowed, rerank)
     with clock.step("rerank"):
-        is_allowed = np.zeros(len(state), dtype=bool)
-        is_allowed[allowed] = True
-        candidates = (mine[is_allowed[mine]] for mine in candidates_of(state.leaves, probes))
-        distances, positions = search_candidates(state.vectors, queries, candidates, k)
-    return _Hits(positions, distances, probes, float(probes.candidates.mean()))
+        positions, distances = smallest(kept, state.vectors.distances(queries, kept), k)
+        enough = (kept >= 0).sum(axis=1) >= np.minimum(rerank, probes.candidates)
+        if not enough.all():
+            few = np.flatnonzero(~enough)
+            again = search_matches(state.vectors, queries[few], matches, probes.of(few), k)
+            positions[few], distances[few] = again
+    return _Hits(positions, distances, probes, float(rerank))
+
+
+def _first_allowed(positions: Positions, allowed: NDArray[np.bool_], count: int) -> Positions:
+    """The first positions of each row that are allowed, at most so many, padded with -1."""
+    fits = (positions >= 0) & allowed[positions]
+    first = np.argsort(~fits, axis=1, kind="stable")[:, :count]
+    return np.where(np.take_along_axis(fits, first, axis=1), np.take_along_axis(positions, first, axis=1), -1)
 
 
 def _result(
-    state: SearchState, request: SearchRequest, blocks: list[_Hits], plan: str, matches: int | None, clock: _Clock
+    state: SearchState,
+    request: SearchRequest,
+    blocks: list[_Hits],
+    plan: _Plan,
+    matches: Matches | None,
+    clock: _Clock,
 ) -> SearchResult:
     queries = len(request.queries)
     if blocks:
@@ -360,15 +441,22 @@ def _result(
         if probes
         else float(np.average([b.reranked for b in blocks], weights=sizes) if blocks else 0),
         reranked=float(np.average([block.reranked for block in blocks], weights=sizes)) if blocks else 0.0,
-        matches=matches,
+        matches=None if matches is None else len(matches),
         distances="exact" if state.vectors.exact else "decoded",
-        executor=state.executor.name if probes and matches is None else "brute force",
+        executor=_executor_name(state, plan),
         seconds=dict(clock.seconds, total=time.perf_counter() - clock.started),
         probes=_shown_probes(state, request, probes[0]) if request.single and probes else (),
-        plan=plan,
+        plan=plan.text,
     )
     offsets = np.concatenate([[0], np.cumsum(hit.sum(axis=1))])
     return SearchResult(flat_ids, near[hit], lambda: state.codes_at(positions), offsets, request.single, trace)
+
+
+def _executor_name(state: SearchState, plan: _Plan) -> str:
+    """What scanned."""
+    if plan.way == "matches":
+        return "faiss-flat" if faiss_works() else "numpy"
+    return state.executor.name if plan.way == "scan" else "brute force"
 
 
 def _mean(parts: list[NDArray[np.int64]]) -> float:

@@ -10,9 +10,10 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -37,6 +38,7 @@ from semid_index.errors import (
     NewerFormatError,
     NotAnIndexError,
     ReadOnlyError,
+    SearchTimeoutError,
     SemidError,
     StorageError,
 )
@@ -55,9 +57,12 @@ _CONNECT_CONFIG = {
 _CODEBOOK_NAME = re.compile(r"codebook_(\d+)")
 _READ_BATCH = 65_536
 _ROW_GROUP = 122_880  # rows that DuckDB keeps and compresses together
+_INTERRUPT_EVERY = 0.05  # seconds between two attempts to stop a statement that ran out of time
 _LEAST_MEMORY = 512 << 20  # bytes that DuckDB may hold while it writes or reads vectors
 # DuckDB's errors about values and expressions, as against those about the file or the machine
 _USER_ERRORS = (duckdb.DataError, duckdb.NotSupportedError, duckdb.ProgrammingError)
+
+_numbers = count(1)  # for names that no other connection of the process uses
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,23 @@ class StoredCodes:
     rest: NDArray[np.integer] | None
 
 
+@dataclass(frozen=True)
+class VectorColumn:
+    """How stored vectors become a column of float32 vectors."""
+
+    stored: tuple[str, ...]
+    """The columns of ``semid_vectors`` that it takes."""
+    convert: Callable[..., Any] | None
+    """Makes fixed-size lists of float32 of them, as Arrow columns; None where the first one is that already."""
+
+
 class Store:
     """One open index file."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, path: Path | None, *, read_only: bool) -> None:
         self._connection: duckdb.DuckDBPyConnection | None = connection
         self._write_lock = threading.RLock()
+        self._known_code_columns: dict[str, str] = {}
         self.path = path
         self.read_only = read_only
 
@@ -385,21 +401,29 @@ class Store:
 
     def item_columns(self) -> dict[str, str]:
         """The columns of ``items``: name -> type, in order."""
-        return dict(
-            self._fetch(
-                "SELECT column_name, data_type FROM duckdb_columns() "
-                "WHERE table_name = 'items' AND NOT internal ORDER BY column_index"
-            )
-        )
+        return {name: sql_type for name, sql_type, *_ in self._fetch("DESCRIBE items")}
 
-    def matching_rows(self, condition: CheckedFilter) -> NDArray[np.int64]:
-        """The rows of the items that fulfil a checked filter."""
-        used = {name: sql for name, sql in self.filter_columns().items() if name in condition.columns}
+    def matching_rows(
+        self, condition: CheckedFilter, columns: Mapping[str, str], *, timeout: float | None = None
+    ) -> NDArray[np.int64]:
+        """The rows of the items that fulfil a checked filter over :meth:`filter_columns`, in no order.
+
+        Raises :class:`SearchTimeoutError` after ``timeout`` seconds.
+        """
+        used = {name: sql for name, sql in columns.items() if name in condition.columns}
         select = ", ".join(["c.semid_row", *(f"{sql} AS {tables.quoted(name)}" for name, sql in used.items())])
-        codes = {"semid_row": "row", **self._code_columns()}
+        codes = {"semid_row": "row", "id": "id"}
+        if any(sql.startswith("c.") for sql in used.values()):
+            codes |= self._code_columns()
         source = f"(SELECT {select} FROM {_subquery('semid_codes', codes)} c JOIN items i ON i.id = c.id)"
         try:
-            found = self.arrow(f"SELECT semid_row FROM {source} AS f WHERE {condition.sql}", params=condition.params)
+            found = self.arrow(
+                f"SELECT semid_row FROM {source} AS f WHERE {condition.sql}", params=condition.params, timeout=timeout
+            )
+        except duckdb.InterruptException as error:
+            raise SearchTimeoutError(
+                f"The filter was not evaluated within {timeout:g} s. Make it simpler, or allow more with timeout=."
+            ) from error
         except _USER_ERRORS as error:
             raise FilterError(
                 f"The filter does not fit the columns: {_first_line(error)}. Compare a column with values of its own "
@@ -453,6 +477,37 @@ class Store:
         found = self._fetch(f"SELECT count(*) FROM items WHERE {name} IS NOT NULL GROUP BY {name} LIMIT {limit}")
         return [int(count) for (count,) in found]
 
+    def id_file_columns(self) -> list[str]:
+        """The columns of ``semantic_ids`` that a file of IDs has. All codes are among them, and so no ``sid_rest``."""
+        return ["id", "sid", "semantic_id", *tables.code_expressions(self.layout), "dup_rank", "version"]
+
+    def write_ids(
+        self, part: Path, target: Path, options: str, *, metadata: Mapping[str, str], vector: VectorColumn | None
+    ) -> int:
+        """Write the IDs of all items, sorted, to the file ``part``, which is to become ``target``; returns how many.
+
+        ``options``: those of DuckDB's COPY. ``metadata``: columns of ``items``, by the name that each gets.
+        """
+        columns = [f"s.{name}" for name in self.id_file_columns()]
+        columns += [f"i.{tables.quoted(column)} AS {tables.quoted(name)}" for name, column in metadata.items()]
+        source = "semantic_ids s" + (" JOIN items i ON i.id = s.id" if metadata else "")
+        deeper = list(tables.code_expressions(self.layout))[self.layout.packed_levels :]
+        order = ", ".join(f"s.{name}" for name in ("sid", *deeper, "dup_rank"))
+        place = "'" + str(part.absolute()).replace("'", "''") + "'"
+        with _errors_translated(self.path), self._settings(), self._converting(vector) as (cursor, converted):
+            if vector is not None:
+                columns.append(f"{converted} AS vector")
+                source += " JOIN semid_codes c ON c.id = s.id JOIN semid_vectors v ON v.row = c.row"
+            query = f"SELECT {', '.join(columns)} FROM {source} ORDER BY {order}"
+            try:
+                return int(cursor.execute(f"COPY ({query}) TO {place} ({options})").fetchall()[0][0])
+            except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+                if "Corrupt" in str(error):
+                    raise
+                raise StorageError(
+                    f"Writing {target} failed: {_first_line(error)}. Make room on the disk, or use another path."
+                ) from error
+
     def uniqueness(self) -> Uniqueness:
         """How far IDs tell items apart."""
         ids = f"SELECT count(*) AS n FROM semid_codes GROUP BY {self._id_order}"
@@ -483,19 +538,47 @@ class Store:
                 sizes |= {f"{table}.{column}": int(blocks) * block for column, blocks in found}
         return sizes
 
-    def arrow(self, query: str, *, params: Any = None, **registered: pa.Table) -> pa.Table:
-        """The result of a query; keyword arguments are Arrow tables that it may name."""
+    def arrow(
+        self, query: str, *, params: Any = None, timeout: float | None = None, **registered: pa.Table
+    ) -> pa.Table:
+        """The result of a query; further keyword arguments are Arrow tables that it may name.
+
+        After ``timeout`` seconds :class:`duckdb.InterruptException` is raised.
+        """
         with _errors_translated(self.path):
             cursor = self.cursor()
             for name, table in registered.items():
                 cursor.register(name, table)
             try:
-                return cursor.sql(query, params=params or None).to_arrow_table()
+                with _interrupted_after(timeout, cursor):
+                    return cursor.sql(query, params=params or None).to_arrow_table()
             finally:
                 for name in registered:
                     cursor.unregister(name)
 
     # -- parts --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _converting(self, vector: VectorColumn | None) -> Iterator[tuple[duckdb.DuckDBPyConnection, str]]:
+        """A cursor, and SQL over ``semid_vectors v`` for float32 vectors."""
+        cursor = self.cursor()
+        stored = [] if vector is None else [f"v.{name}" for name in vector.stored]
+        if vector is None or vector.convert is None:
+            yield cursor, "".join(stored)
+            return
+        types = dict(cursor.execute("SELECT column_name, column_type FROM (DESCRIBE semid_vectors)").fetchall())
+        function = f"semid_float32_{next(_numbers)}"
+        cursor.create_function(  # type: ignore[call-overload]  # it takes names as well as enums
+            function,
+            vector.convert,
+            [types[name] for name in vector.stored],
+            f"FLOAT[{self.config.dim}]",
+            type="arrow",
+        )
+        try:
+            yield cursor, f"{function}({', '.join(stored)})"
+        finally:
+            cursor.remove_function(function)
 
     def _fetch(self, query: str, params: list[Any] | None = None) -> list[tuple[Any, ...]]:
         with _errors_translated(self.path):
@@ -528,8 +611,11 @@ class Store:
 
     def _code_columns(self) -> dict[str, str]:
         """The columns of ours that a filter may speak of: name -> SQL over ``semid_codes`` alone."""
-        columns = {"id": "id", "sid": "sid", "dup_rank": "dup_rank", **tables.code_expressions(self.layout)}
-        return columns | (tables.prefix_expressions(self.layout) if self.hierarchical else {})
+        if not self._known_code_columns:  # which training fixes: every search with a filter asks for them
+            layout = self.layout
+            columns = {"id": "id", "sid": "sid", "dup_rank": "dup_rank", **tables.code_expressions(layout)}
+            self._known_code_columns = columns | (tables.prefix_expressions(layout) if self.hierarchical else {})
+        return self._known_code_columns
 
     def _metadata_columns(self) -> str:
         """SQL for the user's columns of ``items i``, after ``id`` and ``semantic_id``."""
@@ -764,6 +850,29 @@ def _read_over(cursor: duckdb.DuckDBPyConnection, batch: pa.Table, query: str) -
 def _write_meta(cursor: duckdb.DuckDBPyConnection, **values: Any) -> None:
     for key, value in values.items():
         cursor.execute("INSERT OR REPLACE INTO semid_meta VALUES (?, ?)", [key, json.dumps(value)])
+
+
+@contextmanager
+def _interrupted_after(seconds: float | None, cursor: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """Stop what a cursor runs after so many seconds. A thread watches, for DuckDB itself has no time limit."""
+    if seconds is None:
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        wait = seconds
+        while not done.wait(wait):
+            cursor.interrupt()
+            wait = _INTERRUPT_EVERY  # DuckDB forgets an interrupt that comes between two statements
+
+    watcher = threading.Thread(target=watch, name="semid-time-limit", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
 
 
 def _create_item_tables(

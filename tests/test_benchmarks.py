@@ -46,3 +46,16 @@ def test_recall_by_hand(found, share, monkeypatch):
     from benchmarks.main_job import recall
 
     assert recall(np.array(found), np.array([[1, 2], [4, 3]])) == share
+
+
+def test_filtered_runs_on_the_sample(tmp_path):
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks.filtered", "--tiny", "--rounds", "1", "--json", str(figures)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())["sample"]
+    assert len(found) == 8
+    for name, subjects in found.items():
+        assert subjects["ours"]["rows"] == subjects["exact on the matches"]["rows"] > 0, name
+        assert subjects["ours"]["recall@10"] > 0.95, name
+        assert subjects["exact on the matches"]["recall@10"] > 0.999, name

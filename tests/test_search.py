@@ -8,7 +8,7 @@ import pytest
 import semid_index as semid
 from semid_index.errors import SearchTimeoutError
 from semid_index.metrics import exact_search
-from semid_index.search import default_budget, default_leaf_size, default_rerank
+from semid_index.search import default_budget, default_leaf_size, default_rerank, filtered_budget
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +63,15 @@ def test_the_plan_of_a_filtered_search_goes_by_how_many_match(index, vectors):
     few = index.explain(vectors[0], where="number < 100")
     assert few.matches == few.reranked == 100
     assert few.executor == "brute force"
-    assert "few (100)" in few.plan
+    assert few.plan == "100 of 20,000 items match: distances to all of them, because they are few"
     half = index.explain(vectors[0], where="parity = 1")
     assert half.matches == 10_000
-    assert default_budget(10_000) <= half.candidates < 10_000
-    assert "10,000 items" in half.plan
+    assert half.executor == "faiss-tail"
+    assert filtered_budget(10_000, 20_000) <= half.candidates < 10_000
+    assert half.plan.startswith("10,000 of 20,000 items match: scan the best of")
     none = index.search(vectors[0], where="number < 0")
-    assert (len(none), none.trace.matches, none.trace.plan) == (0, 0, "no item can be a hit")
+    assert (len(none), none.trace.matches) == (0, 0)
+    assert none.trace.plan == "no item can be a hit: none matches the filter"
 
 
 def test_a_filtered_search_finds_k_even_where_matches_are_far_away(index, vectors):

@@ -79,6 +79,8 @@ def find_codes(table: pa.Table, where: str, *, column: str | None = None) -> IdT
         if table.column_names.count(column) != 1:
             raise InvalidArgumentError(f"{where} has no column '{column}'. It has {_listed(table.column_names)}.")
         return IdTable(_from_column(table[column], f"{where}, column '{column}'"), table, column)
+    if b"semid_codebook_sizes" in (table.schema.metadata or {}):  # an export: columns of lists are metadata
+        return _read_numbered(table, _numbered(table)[0], where)
     for found, read in _LAYOUTS:
         if candidates := found(table):
             if len(candidates) > 1:
