@@ -4,14 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 OTHER_DUCKDB := .duckdb-1.5
 STAMP := $(VENV)/.installed
+# what these test has nothing to do with DuckDB, so that they run once
+WITHOUT_DUCKDB := alignment balanced_rq baselines beam bench benchmarks codes devices gpu layers lookup metrics native \
+	quantizers report_page rq vectors
+PEERS := $(VENV)/.peers
 
-.PHONY: demo test test-quick test-duckdb-1.5 lint docs-check docs bench-tiny clean
+.PHONY: demo test test-quick test-duckdb-1.5 test-long lint docs-check docs bench-tiny bench clean
 
 demo: $(STAMP)
 	$(BIN)/semid demo --output demo.duckdb
 
-# lint, the whole suite with DuckDB 2, the whole suite with DuckDB 1.5, and the generated pages
-test: lint docs-check test-quick test-duckdb-1.5
+# lint, the whole suite with DuckDB 2, the whole suite with DuckDB 1.5, the generated pages, and the benchmark on 2,000 rows
+test: lint docs-check test-quick test-duckdb-1.5 bench-tiny
 
 test-quick: $(STAMP)
 	$(BIN)/python -c "import duckdb; print('with DuckDB', duckdb.__version__)"
@@ -19,7 +23,11 @@ test-quick: $(STAMP)
 
 test-duckdb-1.5: $(STAMP) $(OTHER_DUCKDB)/.installed
 	PYTHONPATH=$(OTHER_DUCKDB) $(BIN)/python -c "import duckdb; print('with DuckDB', duckdb.__version__)"
-	PYTHONPATH=$(OTHER_DUCKDB) $(BIN)/python -m pytest -q -n auto --dist worksteal
+	PYTHONPATH=$(OTHER_DUCKDB) $(BIN)/python -m pytest -q -n auto --dist worksteal $(WITHOUT_DUCKDB:%=--ignore tests/test_%.py)
+
+# hours: the long forms of tests/reliability; the figures that they print are those of docs/reliability.md
+test-long: $(STAMP)
+	SEMID_LONG=1 $(BIN)/python -m pytest -q -s tests/reliability
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -32,10 +40,24 @@ docs-check: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py
 
-bench-tiny: $(STAMP)
-	$(BIN)/python -m benchmarks.main_job --tiny --rounds 1
+# every benchmark subject that can be installed here, on 2,000 rows of the bundled sample; fails if one fails
+bench-tiny: $(PEERS)
+	$(BIN)/semid bench sample --effort tiny --rows 2000 --queries 100 --strict --fresh --output $(VENV)/bench-tiny
 
-$(STAMP): pyproject.toml constraints.txt
+# the figures of docs/benchmarks.md: make bench DATA=folder; hours. QUICK=--quick takes about an hour
+bench: $(PEERS)
+	$(BIN)/python -m benchmarks.published $(if $(DATA),--data $(DATA)) $(QUICK)
+	$(BIN)/python docs/generate.py
+
+# scann has wheels for some systems only, and hnswlib for none: it wants a C++ compiler
+$(PEERS): $(STAMP)
+	for peer in usearch scann hnswlib; do \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $$peer \
+		|| echo "$$peer cannot be installed here: the benchmark leaves it out"; \
+	done
+	touch $@
+
+$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard semid_index/native/*.cpp semid_index/native/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)

@@ -1,7 +1,11 @@
-"""The data that benchmarks run on: real sets from a folder beside the repository, or the bundled sample."""
+"""The data that benchmarks run on: the bundled sample, or real sets from a folder.
+
+The folder is given to a script, or by the environment variable SEMID_DATA; else it is one beside the repository.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import pyarrow.parquet as pq
 
 from semid_index.metrics import exact_search, normalized
 
-DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "shared" / "data"
+DEFAULT_FOLDER = Path(os.environ.get("SEMID_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 HELD_OUT = 2_000
 
 

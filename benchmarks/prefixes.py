@@ -19,7 +19,7 @@ from benchmarks import datasets
 from semid_index.codes import CodeLayout, pack
 from semid_index.lookup import additive_scorer, choose_probes, make_leaves
 from semid_index.quantizers.rq import ResidualKMeans
-from semid_index.search import default_leaf_size
+from semid_index.segments import default_leaf_size
 
 QUERIES = 1_000
 TRAINED_ON = 65_536

@@ -22,6 +22,7 @@ from typing import Any
 import duckdb
 
 from semid_index import tables
+from semid_index.bench.page import body as bench_results
 from semid_index.codes import CodeLayout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,6 +132,19 @@ def with_includes(page: str) -> str:
     return _INCLUDE.sub(fresh, page)
 
 
+# -- benchmarks.md ----------------------------------------------------------------------------------------------------
+
+
+def benchmarks_page(template: str) -> str:
+    """The page with what the results in benchmarks/results say, in its place ``<!-- results -->``."""
+    place = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.DOTALL)
+    text = bench_results(ROOT / "benchmarks" / "results", "benchmarks")
+    page, found = place.subn(lambda match: f"{match[1]}\n{text}\n{match[2]}", template)
+    if found != 1:
+        raise SystemExit(f"benchmarks.md needs one place '<!-- results -->', it has {found}.")
+    return page
+
+
 # -- all pages --------------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +154,7 @@ def cli_page(_old: str) -> str:
 
 
 PAGES: dict[str, Callable[[str], str]] = {
+    "docs/benchmarks.md": benchmarks_page,
     "docs/cli.md": cli_page,
     "docs/file-format.md": file_format,
     "docs/plugins.md": with_includes,

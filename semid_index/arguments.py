@@ -73,6 +73,16 @@ def as_id(index: SemanticIndex, text: str) -> Any:
     return int(text) if is_number and text not in index else text
 
 
+def as_numbers(ids: Any) -> list[int] | None:
+    """The numbers that texts spell; None unless all of them do.
+
+    >>> as_numbers(["7", "-8"]), as_numbers(["7", "sku-8"])
+    ([7, -8], None)
+    """
+    texts = isinstance(ids, list) and all(text.removeprefix("-").isdecimal() for text in ids)
+    return [int(text) for text in ids] if texts else None
+
+
 @contextmanager
 def complete_or_nothing(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """Where to write a new index: a file beside ``output`` that takes its place if all goes well, else goes away."""

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from semid_index.appending import Appending, ItemBatch
 from semid_index.codes import CodeLayout, pack, pack_rest, unpack
 from semid_index.collisions import Arrivals, CollisionPolicy, Share, own_quantizer, with_extra_levels
+from semid_index.drift import counted
 from semid_index.errors import (
     RESTORE,
     AlreadyTrainedError,
@@ -29,10 +33,11 @@ from semid_index.errors import (
 from semid_index.items import as_ids, as_metadata, check_count, id_type
 from semid_index.metrics import normalized
 from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
+from semid_index.quantizers.kmeans import training_device
 from semid_index.quantizers.tail import Tail, default_tail
 from semid_index.records import CollisionCounts, IndexConfig, LevelReport, Metric, TrainReport
 from semid_index.rerank import to_stored
-from semid_index.store import Appending, ItemBatch, Store
+from semid_index.store import Store
 from semid_index.vectors import VectorSource, bad_rows, open_vectors
 
 if TYPE_CHECKING:
@@ -42,13 +47,14 @@ log = logging.getLogger("semid_index")
 
 _SAMPLE_PER_CODEWORD = 256
 _SMALLEST_SAMPLE = 65_536
-_REPORT_ROWS = 20_000
+REPORT_ROWS = 20_000
 _TAIL_LEAST_ROWS = 256  # with fewer training rows a tail would learn next to nothing
 _LARGEST_FLOAT16 = 65_504.0
+_CHECKED_AT_ONCE = 50_000
 _PROBED_ROWS = 256  # rows looked at to choose how vectors are written
 _LARGEST_SQUARE = 1e37  # the squared length of a vector, so that squared distances stay within float32
 _LARGEST_ID = 2**63 - 1
-_TAIL_ARRAY = "tail_codebooks"
+TAIL_ARRAY = "tail_codebooks"
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -74,7 +80,7 @@ def train(
     config = store.config
     source = _open(vectors, config.dim)
     started = time.perf_counter()
-    rows = _training_sample(source, quantizer, config, sample)
+    rows = training_sample(source, quantizer, config, sample)
     quantizer.on_progress = progress
     try:
         quantizer.fit(rows, seed=config.seed)
@@ -86,14 +92,15 @@ def train(
     report = TrainReport(
         len(rows),
         0.0,
-        level_reports(quantizer, rows[:: max(1, len(rows) // _REPORT_ROWS)][:_REPORT_ROWS]),
+        level_reports(quantizer, rows[:: max(1, len(rows) // REPORT_ROWS)][:REPORT_ROWS]),
         getattr(quantizer, "refinement", None),
+        training_device(),
     )
     report = replace(report, seconds=time.perf_counter() - started)
     config = replace(config, tail=parts, quantizer_config=quantizer.get_config())
     quantizer = with_extra_levels(quantizer, policy.extra_levels)
     layout = CodeLayout(tuple(quantizer.codebook_sizes))
-    arrays = {**quantizer.state(), **({_TAIL_ARRAY: tail.codebooks} if tail else {})}
+    arrays = {**quantizer.state(), **({TAIL_ARRAY: tail.codebooks} if tail else {})}
     store.save_training(config, asdict(report), layout, arrays, hierarchical=quantizer.hierarchical)
     return report, quantizer, tail
 
@@ -101,7 +108,7 @@ def train(
 def restore(store: Store, quantizer_class: type[Quantizer], policy: CollisionPolicy) -> tuple[Quantizer, Tail | None]:
     """The trained quantizer of an index, with the levels that the policy adds, and its tail quantizer."""
     arrays = store.learned_arrays()
-    tail = arrays.pop(_TAIL_ARRAY, None)
+    tail = arrays.pop(TAIL_ARRAY, None)
     for level in range(store.layout.levels, store.layout.levels - len(policy.extra_levels), -1):
         arrays.pop(f"codebook_{level}", None)
     config, damaged = store.config, f"{store.path} is damaged. {RESTORE}"
@@ -141,10 +148,16 @@ def level_reports(quantizer: Quantizer, vectors: Vectors) -> tuple[LevelReport, 
     return tuple(reports)
 
 
-def _training_sample(source: VectorSource, quantizer: Quantizer, config: IndexConfig, sample: int | None) -> Vectors:
+def usable_sample(quantizer: Quantizer) -> int:
+    """How many vectors are enough to train a quantizer."""
+    return max(_SMALLEST_SAMPLE, _SAMPLE_PER_CODEWORD * max(quantizer.codebook_sizes, default=0))
+
+
+def training_sample(source: VectorSource, quantizer: Quantizer, config: IndexConfig, sample: int | None) -> Vectors:
+    """Vectors to learn from, chosen at random, at length 1 under cosine; refuses those that cannot be used."""
     if sample is not None:
         check_count("sample", sample)
-    wanted = sample or max(_SMALLEST_SAMPLE, _SAMPLE_PER_CODEWORD * max(quantizer.codebook_sizes, default=0))
+    wanted = sample or usable_sample(quantizer)
     rows = source.sample(min(int(wanted), source.rows), seed=config.seed)
     _refuse(unusable_rows(rows, config.metric), config, "of the training sample ")
     return normalized(rows) if config.metric == "cosine" else rows
@@ -170,8 +183,81 @@ def add(
 
     Everything is checked before anything is written, at the price of reading a file twice.
     """
+    with store.unchanging():
+        incoming = check_incoming(
+            store, vectors, ids, metadata=metadata, batch_size=batch_size, on_bad_vectors=on_bad_vectors
+        )
+        if store.id_type is not None and (known := store.existing_ids(incoming.all_ids)):
+            raise DuplicateIdError(
+                f"Ids are in the index already: {_listed(known)}. Leave them out, or use index.upsert.", ids=known
+            )
+
+        def write() -> None:
+            with writing_items(store, quantizer, policy, tail, incoming) as writer:
+                for items in incoming.batches(batch_size, progress):
+                    comparable = writer.comparable(items.vectors)
+                    writer.write(items, comparable, writer.place(writer.propose(comparable), comparable))
+
+        store.retried(write)
+    log.info("added %d items", len(incoming.ids))
+    return incoming.ids.to_numpy() if id_type(incoming.ids) == "int" else incoming.ids.to_pylist()
+
+
+@dataclass(frozen=True)
+class Items:
+    """Some of the items that are to be written."""
+
+    ids: pa.Array
+    vectors: Vectors
+    metadata: pa.Table | None
+
+    def take(self, positions: NDArray[np.int64]) -> Items:
+        """Those at some positions."""
+        metadata = None if self.metadata is None else self.metadata.take(positions)
+        return Items(self.ids.take(positions), self.vectors[positions], metadata)
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """Items that are to be written, checked."""
+
+    source: VectorSource
+    good: pa.BooleanArray | None
+    """(source.rows,) which of them can be used; None if all."""
+    all_ids: pa.Array
+    """(source.rows,)"""
+    ids: pa.Array
+    """(n,) of those that can be used, as are all below."""
+    metadata: pa.Table | None
+
+    def batches(self, batch_size: int, progress: ProgressCallback | None) -> Iterator[Items]:
+        """The items that can be used, some at a time."""
+        done = seen = 0
+        for batch in self.source.batches(batch_size):
+            seen += len(batch)
+            if self.good is not None:
+                batch = batch[self.good[seen - len(batch) : seen].to_numpy(zero_copy_only=False)]
+            if len(batch):
+                metadata = None if self.metadata is None else self.metadata.slice(done, len(batch))
+                yield Items(self.ids[done : done + len(batch)], batch, metadata)
+                done += len(batch)
+            if progress is not None:
+                progress(seen, self.source.rows, "encode and store")
+
+
+def check_incoming(
+    store: Store,
+    vectors: Any,
+    ids: Any,
+    *,
+    metadata: Any,
+    batch_size: int,
+    on_bad_vectors: Literal["error", "drop"],
+) -> Incoming:
+    """Vectors, ids and metadata as a user gave them, checked; raises what is wrong with them."""
     if not store.is_trained:
-        raise NotTrainedError("The index is not trained. Call index.train(vectors) before index.add.")
+        raise NotTrainedError("The index is not trained. Call index.train(vectors) before adding items.")
+    store.check_writable()
     if on_bad_vectors not in ("error", "drop"):
         raise InvalidArgumentError(f"on_bad_vectors must be 'error' or 'drop', not {on_bad_vectors!r}.")
     check_count("batch_size", batch_size)
@@ -180,33 +266,127 @@ def add(
     good = _check_rows(source, config, batch_size, drop=on_bad_vectors == "drop")
     all_ids = _ids_to_add(store, ids, source.rows)
     table = as_metadata(metadata, all_ids)
-    _check_new(store, all_ids)
-    kept = all_ids.filter(good) if good is not None else all_ids
-    if table is not None and good is not None:
-        table = table.filter(good)
-    counts = _code_counts(store, quantizer)
-    first_row, done, seen = store.next_row, 0, 0
-    compress = config.vectors != "float32" or not _uses_all_bits(next(source.batches(_PROBED_ROWS)))
-    with store.appending(id_type(all_ids), compress=compress) as appending:
-        placing = _Placing(policy, quantizer, appending)
-        for batch in source.batches(batch_size):
-            seen += len(batch)
-            if good is not None:
-                batch = batch[good[seen - len(batch) : seen].to_numpy(zero_copy_only=False)]
-            if len(batch):
-                rows = np.arange(first_row + done, first_row + done + len(batch))
-                columns = _encoded(batch, quantizer, placing, tail, config, counts)
-                of_batch = None if table is None else table.slice(done, len(batch))
-                appending.add(ItemBatch(rows, kept[done : done + len(batch)], *columns, of_batch))
-                done += len(batch)
-            if progress is not None:
-                progress(seen, source.rows, "encode and store")
-        placing.finish(store.collision_counts())
-    log.info("added %d items", done)
-    return kept.to_numpy() if id_type(kept) == "int" else kept.to_pylist()
+    _check_different(all_ids)
+    if good is None:
+        return Incoming(source, None, all_ids, all_ids, table)
+    return Incoming(source, good, all_ids, all_ids.filter(good), None if table is None else table.filter(good))
 
 
-def _uses_all_bits(vectors: Vectors) -> bool:
+@contextmanager
+def writing_items(
+    store: Store,
+    quantizer: Quantizer,
+    policy: CollisionPolicy,
+    tail: Tail | None,
+    incoming: Incoming,
+    *,
+    replacing: bool = False,
+) -> Iterator[ItemWriter]:
+    """Encode and write items, in batches, in one transaction. ``replacing``: see :meth:`Store.appending`."""
+    compress = store.config.vectors != "float32" or not uses_all_bits(next(incoming.source.batches(_PROBED_ROWS)))
+    kind = id_type(incoming.ids)
+    with store.appending(kind, replacing=replacing, compress=compress) as appending:
+        writer = ItemWriter(store, quantizer, policy, tail, appending)
+        yield writer
+        writer.finish()
+
+
+class ItemWriter:
+    """Encodes items, lets the collision policy place them, and writes them."""
+
+    def __init__(
+        self,
+        store: Store,
+        quantizer: Quantizer,
+        policy: CollisionPolicy,
+        tail: Tail | None,
+        appending: Appending,
+        *,
+        anew: bool = False,
+    ) -> None:
+        """``anew``: all items are encoded again, so the codes that they have do not count."""
+        self._store, self._quantizer, self._tail = store, quantizer, tail
+        self._own = own_quantizer(quantizer)
+        self._config, self._layout = store.config, CodeLayout(tuple(quantizer.codebook_sizes))
+        self._anew = anew
+        self._first_row = appending.next_row
+        self._items, self._error = 0, 0.0
+        self._counts = _code_counts(store, quantizer, anew=anew)
+        self._placing = _Placing(policy, quantizer, appending)
+        self.appending = appending
+        self.independent = self._counts is None and isinstance(policy, Share)
+        """Whether the codes of an item depend on nothing but its vector."""
+
+    def comparable(self, vectors: Vectors) -> Vectors:
+        """Vectors as they are encoded: at length 1 under cosine."""
+        return normalized(vectors) if self._config.metric == "cosine" else vectors
+
+    def propose(self, comparable: Vectors) -> Codes:
+        """The codes that the quantizer proposes, (n, L); a collision policy may place the items elsewhere."""
+        if self._counts is None:
+            return self._own.encode(comparable)
+        return self._own.encode_within(comparable, self._counts)  # type: ignore[attr-defined, no-any-return]
+
+    def place(self, proposed: Codes, comparable: Vectors) -> Codes:
+        """The codes (n, levels) of new items."""
+        codes = self._placing.place(proposed, comparable)
+        self.take_up(codes)
+        self._placing.count_error(comparable, codes)
+        return codes
+
+    def take_up(self, codes: Codes, sign: int = 1) -> None:
+        """Count items with these codes, for a quantizer that limits them; ``sign=-1``: they are no more."""
+        if self._counts is not None:
+            _count(codes, self._counts, sign)
+
+    def stored(self, vectors: Vectors) -> dict[str, NDArray[Any]]:
+        """What is stored of vectors, without the tail."""
+        return to_stored(vectors, self._config.vectors)
+
+    def write(self, items: Items, comparable: Vectors, codes: Codes, ranks: NDArray[np.int32] | None = None) -> None:
+        """Write items with these codes, and these ranks among those that share them, -1 for new ones."""
+        decoded = self._decoded(codes, comparable)
+        stored = self.stored(items.vectors)
+        if self._tail is not None:
+            stored["tail"] = self._tail.encode(comparable)
+        first = self.appending.next_row
+        self.appending.add(
+            ItemBatch(
+                np.arange(first, first + len(codes)),
+                items.ids,
+                pack(codes, self._layout),
+                pack_rest(codes, self._layout) if self._layout.rest_levels else None,
+                np.einsum("ij,ij->i", decoded, decoded),
+                stored,
+                items.metadata,
+                ranks,
+            )
+        )
+
+    def write_codes(self, rows: NDArray[np.int64], ids: pa.Array, comparable: Vectors, codes: Codes) -> None:
+        """Write the codes of items that have these rows and are in the index already."""
+        decoded = self._decoded(codes, comparable)
+        rest = pack_rest(codes, self._layout) if self._layout.rest_levels else None
+        norms = np.einsum("ij,ij->i", decoded, decoded)
+        self.appending.add_codes(ItemBatch(rows, ids, pack(codes, self._layout), rest, norms, {}, None, None))
+
+    def _decoded(self, codes: Codes, comparable: Vectors) -> Vectors:
+        """What codes decode to; takes note of how far that is from the vectors."""
+        decoded = self._quantizer.decode(codes)
+        self._items += len(codes)
+        self._error += float(_squared_errors(comparable, decoded).sum())
+        return decoded
+
+    def finish(self) -> None:
+        """Save what the collision policy did, and how far the items are from their codes."""
+        first, end = (0 if self._anew else self._first_row), self.appending.next_row
+        before = None if self._anew else self._store.meta("drift")
+        sums = counted(before, items=self._items, error=self._error, first_row=first, next_row=end)
+        self.appending.save_drift(sums)
+        self._placing.finish(CollisionCounts() if self._anew else self._store.collision_counts())
+
+
+def uses_all_bits(vectors: Vectors) -> bool:
     """Whether most values need more than the upper 10 of the 23 bits of a float32's mantissa, as those of a model do.
 
     Whole numbers and values that came from float16 do not.
@@ -250,9 +430,10 @@ class _Placing:
         )
         return codes
 
-    def count_error(self, vectors: Vectors, decoded: Vectors) -> None:
+    def count_error(self, vectors: Vectors, codes: Codes) -> None:
         """Take note of how far items are from what their codes, as placed, decode to."""
         if not self._passive:
+            decoded = self._own.decode(codes[:, : self._own.levels])
             self._counts += CollisionCounts(error=float(_squared_errors(vectors, decoded).sum()))
 
     def finish(self, so_far: CollisionCounts) -> None:
@@ -269,48 +450,31 @@ def _squared_errors(vectors: Vectors, decoded: Vectors) -> NDArray[np.float64]:
     return errors
 
 
-def _encoded(
-    batch: Vectors,
-    quantizer: Quantizer,
-    placing: _Placing,
-    tail: Tail | None,
-    config: IndexConfig,
-    counts: list[NDArray[np.int64]] | None,
-) -> tuple[NDArray[np.int64], NDArray[np.integer] | None, NDArray[np.float32], dict[str, NDArray[Any]]]:
-    """The sids of a batch, what they have no room for, the squared lengths of the decoded vectors, what is stored."""
-    layout = CodeLayout(tuple(quantizer.codebook_sizes))
-    comparable = normalized(batch) if config.metric == "cosine" else batch
-    own = own_quantizer(quantizer)
-    codes = own.encode(comparable) if counts is None else own.encode_within(comparable, counts)  # type: ignore[attr-defined]
-    codes = placing.place(codes, comparable)
-    if counts is not None:
-        _count(codes, counts)
-    decoded = quantizer.decode(codes)
-    placing.count_error(comparable, decoded)
-    stored = to_stored(batch, config.vectors)
-    if tail is not None:
-        stored["tail"] = tail.encode(comparable)
-    rest = pack_rest(codes, layout) if layout.rest_levels else None
-    return pack(codes, layout), rest, np.einsum("ij,ij->i", decoded, decoded), stored
-
-
-def _code_counts(store: Store, quantizer: Quantizer) -> list[NDArray[np.int64]] | None:
+def _code_counts(store: Store, quantizer: Quantizer, *, anew: bool) -> list[NDArray[np.int64]] | None:
     """How many items have each code, level by level, for a quantizer that limits them; None for all others."""
     quantizer = own_quantizer(quantizer)
     if getattr(quantizer, "capacity", None) is None:
         return None
     counts = [np.zeros(size, dtype=np.int64) for size in quantizer.codebook_sizes]
-    stored = store.codes()
-    _count(unpack(stored.sids, store.layout, stored.rest), counts)
+    if not anew:
+        stored = store.codes()
+        _count(unpack(stored.sids, store.layout, stored.rest), counts)
     return counts
 
 
-def _count(codes: Codes, counts: list[NDArray[np.int64]]) -> None:
+def _count(codes: Codes, counts: list[NDArray[np.int64]], sign: int = 1) -> None:
     for level, count in enumerate(counts):
-        count += np.bincount(codes[:, level], minlength=len(count))
+        count += sign * np.bincount(codes[:, level], minlength=len(count))
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_source(vectors: Any, config: IndexConfig) -> VectorSource:
+    """Vectors as a user gave them; refuses those that cannot be used."""
+    source = _open(vectors, config.dim)
+    _check_rows(source, config, _CHECKED_AT_ONCE, drop=False)
+    return source
 
 
 def _open(vectors: Any, dim: int) -> VectorSource:
@@ -395,7 +559,7 @@ def _ids_to_add(store: Store, ids: Any, count: int) -> Any:
     return pa.array(np.arange(first, first + count))
 
 
-def _check_new(store: Store, ids: Any) -> None:
+def _check_different(ids: Any) -> None:
     import pyarrow.compute as pc
 
     counts = pc.value_counts(ids)
@@ -404,8 +568,6 @@ def _check_new(store: Store, ids: Any) -> None:
         raise DuplicateIdError(
             f"Ids occur more than once in this batch: {_listed(twice)}. Each item needs an id of its own.", ids=twice
         )
-    if store.id_type is not None and (known := store.existing_ids(ids)):
-        raise DuplicateIdError(f"Ids are in the index already: {_listed(known)}. Leave them out.", ids=known)
 
 
 def _listed(values: list[Any]) -> str:

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from semid_index import __version__
 from semid_index.arguments import (
     as_id,
+    as_numbers,
     bars,
     complete_or_nothing,
     embed,
@@ -29,7 +30,7 @@ from semid_index.arguments import (
 )
 from semid_index.errors import SemidError
 from semid_index.output import BINARY, Format, write, write_record
-from semid_index.views import report_view, stats_view, trace_view
+from semid_index.views import report_view, retrain_view, stats_view, trace_view, verify_view
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -148,7 +149,7 @@ IdColumn = Annotated[
     typer.Option(
         "--id-column",
         metavar="NAME",
-        help="The column with the ids: of --ids, --metadata or VECTORS.",
+        help="The column with the ids: of --ids, --metadata (where it stays) or VECTORS.",
         show_default=False,
     ),
 ]
@@ -168,6 +169,12 @@ Column = Annotated[
 OnBadVectors = Annotated[
     Literal["error", "drop"],
     typer.Option("--on-bad-vectors", help="NaN and infinite values: refuse all, or leave those rows out."),
+]
+OnDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help="cpu, auto or cuda:0; by default what SEMID_DEVICE says, or cpu.", show_default=False
+    ),
 ]
 Params = Annotated[
     list[str] | None,
@@ -251,6 +258,7 @@ def build(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an index that is there, once the new one is complete.")
     ] = False,
+    device: OnDevice = None,
     format: OutputFormat = None,
     quiet: Quiet = False,
 ) -> None:
@@ -279,6 +287,7 @@ def build(
             vectors=stored,
             seed=seed,
             collisions=policy,
+            device=device,
             **settings,
         ) as index,
     ):
@@ -296,12 +305,19 @@ def add(
     id_column: IdColumn = None,
     column: Column = None,
     on_bad_vectors: OnBadVectors = "error",
+    upsert: Annotated[
+        bool, typer.Option("--upsert", help="Items that are there already get the new vectors and metadata.")
+    ] = False,
     format: OutputFormat = None,
     quiet: Quiet = False,
 ) -> None:
     """Give new items semantic IDs and add them. Nothing is trained again; IDs already given stay.
 
+    With `--upsert`, an item whose new vector has other codes gets a new ID; its old one goes to the table
+    `semid_history`.
+
     - `semid add catalog.duckdb new.npy --ids new.txt --metadata new.parquet`
+    - `semid add catalog.duckdb changed.npy --ids changed.txt --upsert`
     """
     import semid_index as semid
     from semid_index.vectors import open_vectors
@@ -309,11 +325,55 @@ def add(
     table = read_table(metadata)
     item_ids = read_item_ids(ids, id_column, table, vectors)
     with semid.open(index) as opened:
-        before = len(opened)
         source = open_vectors(vectors, column=column)
-        opened.add(source, item_ids, metadata=table, on_bad_vectors=on_bad_vectors, progress=bars(quiet))
-        record = {"added": len(opened) - before, "items": len(opened)}
-    write_record(record, format, lambda: f"Added {record['added']:,} items; {index} has {record['items']:,}.")
+        if upsert:
+            done = opened.upsert(source, item_ids, metadata=table, on_bad_vectors=on_bad_vectors, progress=bars(quiet))
+            record = {"added": done.inserted, "updated": done.updated, "renamed": done.renamed}
+        else:
+            added = opened.add(source, item_ids, metadata=table, on_bad_vectors=on_bad_vectors, progress=bars(quiet))
+            record = {"added": len(added)}
+        record["items"] = len(opened)
+    updated = f", updated {record['updated']:,}, of which {record['renamed']:,} have new IDs" if upsert else ""
+    write_record(record, format, lambda: f"Added {record['added']:,} items{updated}; {index} has {record['items']:,}.")
+
+
+@app.command()
+def delete(
+    index: IndexFile,
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Items to delete.", show_default=False)
+    ] = None,
+    ids_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Their ids: .txt (one a line), .npy or .parquet.", show_default=False),
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(metavar="SQL", help="Delete the items that fulfil a condition.", show_default=False),
+    ] = None,
+    param: Params = None,
+    format: OutputFormat = None,
+) -> None:
+    """Delete items, with their vectors and metadata. Ids that are not there do not matter.
+
+    Their semantic IDs go to the table `semid_history`, and are not given again. `semid compact` gives back the space.
+
+    - `semid delete catalog.duckdb sku-123 sku-124`
+    - `semid delete catalog.duckdb --ids-file sold-out.txt`
+    - `semid delete catalog.duckdb --where "price < ?" --param 20`
+    """
+    import semid_index as semid
+    from semid_index.vectors import read_ids
+
+    if sum(given is not None for given in (ids or None, ids_file, where)) != 1:
+        raise typer.BadParameter("Say what to delete by one of these: ids, --ids-file or --where.")
+    listed = (ids or None) if ids_file is None else read_ids(ids_file)
+    with semid.open(index) as opened:
+        deleted = opened.delete(listed, where=where, params=parse_params(param))
+        if not deleted and (numbers := as_numbers(listed)):  # an index has ids of one type, and a person types text
+            deleted = opened.delete(numbers)
+        record = {"deleted": deleted, "items": len(opened)}
+    write_record(record, format, lambda: f"Deleted {record['deleted']:,} items; {index} has {record['items']:,}.")
 
 
 @app.command()
@@ -349,6 +409,7 @@ def search(
         int | None, typer.Option(help="Candidates to compute exact distances for.", show_default=False)
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show how the search went instead of its hits.")] = False,
+    device: OnDevice = None,
     format: OutputFormat = None,
 ) -> None:
     """Find the nearest items. Smaller distances are nearer.
@@ -369,7 +430,7 @@ def search(
         "probes": probes,
         "rerank": rerank,
     }
-    with semid.open(index, read_only=True) as opened:
+    with semid.open(index, read_only=True, device=device) as opened:
         if like is not None:
             result = opened.similar(as_id(opened, like), k, **options)
         else:
@@ -472,6 +533,141 @@ def export(
         items = opened.export(output, metadata=metadata, vectors=vectors, overwrite=overwrite)
     record = {"file": str(output), "items": items, "bytes": output.stat().st_size}
     write_record(record, format, lambda: f"Wrote the IDs of {items:,} items to {output}: {record['bytes']:,} bytes.")
+
+
+@app.command()
+def verify(
+    index: IndexFile,
+    sample: Annotated[int, typer.Option(metavar="N", help="Stored vectors to encode again.")] = 1_000,
+    format: OutputFormat = None,
+    quiet: Quiet = False,
+) -> None:
+    """Check whether an index is whole. Exit code 1 if it is not.
+
+    Reads all of the file, and checks that its tables fit together, and fit the vectors.
+
+    - `semid verify catalog.duckdb`
+    - `semid verify catalog.duckdb --sample 100000 --format json`
+    """
+    import semid_index as semid
+
+    with semid.open(index, read_only=True) as opened:
+        report = opened.verify(sample=sample, progress=bars(quiet))
+    write_record(report.to_dict(), format, lambda: verify_view(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def copy(
+    index: IndexFile,
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="The file to write.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    format: OutputFormat = None,
+) -> None:
+    """Write a copy of an index, sorted, and without the space of what was deleted.
+
+    - `semid copy catalog.duckdb backup.duckdb`
+    """
+    import semid_index as semid
+
+    with semid.open(index, read_only=True) as opened:
+        opened.save_copy(new, overwrite=overwrite)
+        record = {"file": str(new), "items": len(opened), "bytes": new.stat().st_size}
+    write_record(record, format, lambda: f"Copied {record['items']:,} items to {new}: {record['bytes']:,} bytes.")
+
+
+@app.command()
+def compact(index: IndexFile, format: OutputFormat = None) -> None:
+    """Give back the space of what was deleted, and sort the items by their IDs again. No ID changes.
+
+    The file is written anew beside the old one, which it replaces when it is complete.
+
+    - `semid compact catalog.duckdb`
+    """
+    from dataclasses import asdict
+
+    import semid_index as semid
+
+    with semid.open(index) as opened:
+        report = opened.compact()
+    write_record(
+        asdict(report), format, lambda: f"{index}: {report.bytes_before:,} bytes before, {report.bytes_after:,} after."
+    )
+
+
+@app.command()
+def retrain(
+    index: IndexFile,
+    vectors: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Vectors to learn from, instead of the stored ones.", show_default=False),
+    ] = None,
+    ids: Ids = None,
+    id_column: IdColumn = None,
+    column: Column = None,
+    keep_ids: Annotated[
+        bool, typer.Option("--keep-ids/--no-keep-ids", help="Go on from the old codebooks, or start from scratch.")
+    ] = True,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare/--no-compare", help="Train from scratch, too, to report what that would have done."),
+    ] = True,
+    drop_old: Annotated[bool, typer.Option("--drop-old", help="Remove the version before.")] = False,
+    format: OutputFormat = None,
+    quiet: Quiet = False,
+) -> None:
+    """Learn the codebooks again; items keep their IDs wherever possible.
+
+    The new IDs are a new version, beside the old one. With --ids (or --id-column) the vectors are those of all items,
+    and are encoded, too: an index that keeps no vectors needs that.
+
+    - `semid retrain catalog.duckdb`
+    - `semid retrain catalog.duckdb --vectors new.npy --drop-old`
+    - `semid retrain codes-only.duckdb --vectors all.npy --ids all.txt`
+    """
+    from dataclasses import asdict
+
+    import semid_index as semid
+    from semid_index.vectors import open_vectors
+
+    source = None if vectors is None else open_vectors(vectors, column=column)
+    given = None
+    if ids is not None or id_column is not None:
+        if vectors is None:
+            raise typer.BadParameter("--ids and --id-column belong to --vectors.")
+        given = read_item_ids(ids, id_column, None, vectors)
+    with semid.open(index) as opened:
+        report = opened.retrain(source, ids=given, keep_ids=keep_ids, compare=compare, progress=bars(quiet))
+        if drop_old:
+            opened.drop_version(report.version - 1)
+    write_record(asdict(report), format, lambda: retrain_view(report, dropped=drop_old))
+
+
+@app.command()
+def versions(
+    index: IndexFile,
+    drop: Annotated[
+        int | None, typer.Option(metavar="N", help="Remove this older version of the IDs.", show_default=False)
+    ] = None,
+    format: OutputFormat = None,
+) -> None:
+    """List the versions of the IDs that retraining left, or drop one.
+
+    - `semid versions catalog.duckdb`
+    - `semid versions catalog.duckdb --drop 1`
+    """
+    from dataclasses import asdict
+
+    import pyarrow as pa
+
+    import semid_index as semid
+
+    with semid.open(index, read_only=drop is None) as opened:
+        if drop is not None:
+            opened.drop_version(drop)
+        rows = [asdict(version) for version in opened.versions()]
+    write(pa.Table.from_pylist(rows), format)
 
 
 @app.command()
@@ -601,6 +797,93 @@ def report(
     if sentences := unmet(measured.report, require):
         sys.stderr.write("".join(f"not met: {sentence}\n" for sentence in sentences))
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="[DATA]", help="A file of vectors, sample, or generated-ROWSxDIM such as generated-100000x128."
+        ),
+    ] = "sample",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where results, plots and a page go.")
+    ] = Path("bench"),
+    subjects: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Such as semid-int8,faiss,hnswlib; all if left out.", show_default=False),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", "--k", help="Neighbours to look for.")] = 10,
+    threads: Annotated[str, typer.Option(metavar="COUNTS", help="Threads, in turn: 1,all.")] = "1",
+    effort: Annotated[
+        Literal["tiny", "quick", "full"], typer.Option(help="How many ways to build and search each subject.")
+    ] = "quick",
+    rounds: Annotated[int | None, typer.Option(help="Rounds of a race.", show_default="by effort")] = None,
+    byte_counts: Annotated[
+        str | None,
+        typer.Option(
+            "--bytes",
+            metavar="COUNTS",
+            help="Instead, compare codes alone at so many bytes an item, such as 4,8,16.",
+            show_default=False,
+        ),
+    ] = None,
+    kinds: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="With --bytes: kinds of code, such as rq,opq.", show_default=False),
+    ] = None,
+    metric: Annotated[
+        Literal["l2", "cosine", "ip"] | None,
+        typer.Option(help="What nearest means.", show_default="as the file says, or l2"),
+    ] = None,
+    column: Column = None,
+    rows: Annotated[int | None, typer.Option(help="Only the first rows.", show_default=False)] = None,
+    queries: Annotated[int, typer.Option(help="Queries; held out, where the file has none.")] = 2_000,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew; else what is done is not done again.")] = False,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots; needs matplotlib.")] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 if a subject failed.")] = False,
+    format: OutputFormat = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compare this index with others on your own data: recall, speed, memory, time to build.
+
+    Every subject is searched in many ways; the best of them race, in turn, round after round. Distances are computed
+    here, not believed. Subjects that are not installed are left out, and it is said why.
+
+    `--bytes` compares kinds of code instead, without vectors to re-rank from, everything counted that they need.
+
+    - `semid bench sample -o bench`
+    - `semid bench vectors.npy --metric cosine --subjects semid,faiss-ivf-pq,hnswlib --threads 1,all -o bench`
+    - `semid bench vectors.npy --metric cosine --bytes 4,8,16,32,64 -o bench`
+    """
+    import pyarrow as pa
+
+    from semid_index.bench.command import parse_budgets, ruling_rows, run_referee, run_subjects, write_pages
+    from semid_index.bench.data import load_data
+    from semid_index.bench.page import summary_rows
+
+    def say(text: str) -> None:
+        if not quiet:
+            sys.stderr.write(f"{text}\n")
+
+    output.mkdir(parents=True, exist_ok=True)
+    loaded = load_data(data, metric=metric, queries=queries, column=column)
+    loaded = loaded if rows is None else loaded.first(rows, queries)
+    failed = False
+    if byte_counts is not None:
+        rulings = run_referee(loaded, output, parse_budgets(byte_counts), kinds=kinds, fresh=fresh, say=say)
+        records = list(ruling_rows(rulings))
+    else:
+        options: dict[str, Any] = {"subjects": subjects, "k": k, "threads": threads, "effort": effort, "rounds": rounds}
+        results = run_subjects(loaded, output, **options, fresh=fresh, say=say)
+        records, failed = list(summary_rows(results)), bool(results.failed)
+    if plots:
+        for path in write_pages(output):
+            say(f"wrote {path}")
+    write(pa.Table.from_pylist(records), format)
+    if failed and strict:
+        fail("a subject failed; see above.")
 
 
 @app.command()

@@ -96,10 +96,10 @@ def load_sample() -> Sample:
     items = pq.read_table(DATA / "items.parquet")
     return Sample(
         ids=items["name"].to_pylist(),
-        vectors=_at_length_1(np.load(DATA / "vectors.npy")),
+        vectors=_at_length_1(np.load(DATA / "vectors.npy", allow_pickle=False)),
         metadata=items.drop_columns(["name"]),
         query_texts=(DATA / "queries.txt").read_text(encoding="utf-8").splitlines(),
-        query_vectors=_at_length_1(np.load(DATA / "queries.npy")),
+        query_vectors=_at_length_1(np.load(DATA / "queries.npy", allow_pickle=False)),
     )
 
 

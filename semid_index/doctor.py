@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from semid_index import native
+from semid_index.devices import faiss_distributions, gpu_node_exists, gpu_problem, gpu_state, mending_line
 from semid_index.plugins import installed
 
 _LIBRARIES = ("numpy", "duckdb", "pyarrow")
-_MEND_FAISS = "pip uninstall -y {names} && pip install --force-reinstall {keep}"
+_GET_NATIVE = "install a C++ compiler (g++ or clang++), then: pip install --force-reinstall --no-deps semid-index"
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at everything."""
-    return [*_versions(), *_faiss(), *_plugins()]
+    return [*_versions(), *_faiss(), _native(), *_plugins()]
 
 
 def _versions() -> Iterator[Finding]:
@@ -51,14 +53,15 @@ def _faiss() -> Iterator[Finding]:
     owners = faiss_distributions()
     names = [name for name, _ in owners]
     listed = ", ".join(f"{name} {version}" for name, version in owners)
-    mend = _MEND_FAISS.format(names=" ".join(names), keep="faiss-gpu" if names == ["faiss-gpu"] else "faiss-cpu")
+    for_gpu = names == ["faiss-gpu"] or (len(names) > 1 and gpu_node_exists())
+    mend = mending_line("faiss-gpu" if for_gpu else "faiss-cpu", names)
     if len(owners) > 1:
         yield Finding("faiss", "wrong", f"{listed}: they overwrite each other", mend)
         return
     try:
         import faiss
 
-        version, options, gpus = faiss.__version__, faiss.get_compile_options().split(), _gpus(faiss)
+        version, options = faiss.__version__, faiss.get_compile_options().split()
     except ModuleNotFoundError:
         yield Finding("faiss", "missing", "not installed: NumPy does the search", "pip install 'semid-index[cpu]'")
         return
@@ -67,23 +70,29 @@ def _faiss() -> Iterator[Finding]:
         return
     yield Finding("faiss", "ok", f"{version} from {listed or 'no known distribution'}")
     yield Finding("faiss SIMD", "ok", " ".join(option for option in options if option not in ("OPTIMIZE", "GPU")))
-    yield gpus
+    yield _gpu()
 
 
-def _gpus(faiss: Any) -> Finding:
-    if not hasattr(faiss, "StandardGpuResources"):
-        if Path("/dev/nvidia0").exists():
-            advice = "pip uninstall -y faiss-cpu && pip install 'semid-index[gpu]'"
-            return Finding("gpu", "missing", "there is one, and this FAISS uses the CPU only", advice)
-        return Finding("gpu", "missing", "none; this FAISS uses the CPU only")
-    count = faiss.get_num_gpus()
-    return Finding("gpu", "ok", f"{count} visible to FAISS") if count else Finding("gpu", "missing", "FAISS sees none")
+def _native() -> Finding:
+    """The compiled scan; without it FAISS scans, several times as slowly."""
+    why = native.unavailable_because()
+    if why is None:
+        return Finding("native scan", "ok", native.kernel_name())
+    advice = "unset SEMID_NATIVE" if os.environ.get("SEMID_NATIVE") == "0" else _GET_NATIVE
+    return Finding("native scan", "missing", f"{why}: FAISS does the scanning", advice)
 
 
-def faiss_distributions() -> list[tuple[str, str]]:
-    """The installed distributions that provide ``import faiss``, with their versions."""
-    names = set(importlib.metadata.packages_distributions().get("faiss", ()))
-    return sorted((name, importlib.metadata.version(name)) for name in names)
+def _gpu() -> Finding:
+    """Whether FAISS computes on the first GPU; it is given four vectors to search there."""
+    problem, state = gpu_problem(0), gpu_state(0)
+    seen = "there is one"
+    if state is not None:
+        seen = f"{state.name}, {state.free / 1e9:.1f} of {state.total / 1e9:.1f} GB free"
+    if problem is None:
+        return Finding("gpu", "ok", f"{seen}; FAISS computes on it")
+    if state is None and not gpu_node_exists():
+        return Finding("gpu", "missing", "none; FAISS uses the CPU only")
+    return Finding("gpu", "missing", f"{seen}, and is not used: {problem.what}", problem.mend)
 
 
 def _plugins() -> Iterator[Finding]:

@@ -102,6 +102,10 @@ class MissingDependencyError(SemidError, ImportError):
     """An optional package is needed and not installed; the message has the line that installs it."""
 
 
+class DeviceError(SemidError, RuntimeError):
+    """A GPU was asked for and cannot be used, or its memory is too small; the message says what mends it."""
+
+
 class IndexFileError(SemidError, OSError):
     """The file of an index cannot be used."""
 
@@ -136,6 +140,10 @@ RESTORE = "Restore it from a copy, or build it again."
 
 class IndexLockedError(IndexFileError):
     """Another process has the file open."""
+
+
+class ConflictError(IndexFileError):
+    """Something else in this process wrote the same rows at the same time; the index is as it was before."""
 
 
 class ReadOnlyError(IndexFileError):

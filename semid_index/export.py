@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from semid_index.arrow import fixed_size_list, fixed_size_matrix
 from semid_index.errors import IndexExistsError, IndexFileError, InvalidArgumentError, StorageError
 from semid_index.records import Tier
 from semid_index.rerank import from_stored
-from semid_index.store import Store, VectorColumn, fixed_size_list, fixed_size_matrix
+from semid_index.store import Store, VectorColumn
 
 _LEAST_GROUP = 16_384  # rows: half a megabyte of IDs, which is read at once
 _MOST_GROUPS = 1_000  # what a file says of its groups has to be read first
@@ -47,7 +48,7 @@ def export(
     vector = _TO_FLOAT32[store.config.vectors] if vectors else None
     columns = _metadata_columns(store, metadata, taken=[*store.id_file_columns(), *(["vector"] if vectors else [])])
     try:
-        _check_place(target, store.path, overwrite=overwrite)
+        check_place(target, store.path, overwrite=overwrite)
         rows = store.write_ids(part, target, options, metadata=columns, vector=vector)
         part.replace(target)
     except IndexFileError:
@@ -93,7 +94,8 @@ def _shape(store: Store) -> Mapping[str, str]:
     }
 
 
-def _check_place(target: Path, index: Path | None, *, overwrite: bool) -> None:
+def check_place(target: Path, index: Path | None, *, overwrite: bool) -> None:
+    """Refuse to write a file where it cannot be, or must not."""
     if not target.parent.is_dir():
         raise IndexFileError(f"There is no folder {target.parent}. Create it first.")
     if target.is_dir():

@@ -46,6 +46,7 @@ MAX_PATTERN_SIZE = 300
 """Characters of a regular expression after its repetitions are written out: ``(ab?){10}`` has 30."""
 MAX_FORMAT_LENGTH = 100
 """Characters of a date format."""
+_REMEMBERED_LENGTH = 500  # characters of the filters whose trees are kept: what a program asks again and again
 MAX_WILDCARDS = 2
 """``%`` in a LIKE pattern, not counting those at its end."""
 
@@ -224,6 +225,10 @@ def _parse(where: str) -> Node:
             f"The filter has {len(where):,} characters; at most {MAX_LENGTH:,} are allowed. "
             "Bind long lists as one parameter: name IN ?"
         )
+    return _remembered_tree(where) if len(where) <= _REMEMBERED_LENGTH else _tree(where)
+
+
+def _tree(where: str) -> Node:
     _scan(where)
     parser = _parser(os.getpid())
     statement = parser.select(where)
@@ -231,6 +236,10 @@ def _parse(where: str) -> Node:
     if node is None or statement != parser.plain:
         raise FilterError(f"A filter is one expression, without further clauses. {ALLOWED}")
     return node
+
+
+# A text has the same tree whatever its parameters, and no one writes into a tree.
+_remembered_tree = functools.lru_cache(maxsize=64)(_tree)
 
 
 def _scan(where: str) -> None:

@@ -42,7 +42,7 @@ def semid_register_embedders(register: Callable[[type[Any]], None]) -> None:
 
 @hookspec
 def semid_register_subjects(register: Callable[[type[Any]], None]) -> None:
-    """Offer benchmark subjects: ``register(MySubject)``."""
+    """Offer benchmark subjects: ``register(MySubject)``. See :mod:`semid_index.bench.subject`."""
 
 
 @hookspec

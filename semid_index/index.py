@@ -13,9 +13,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, replace
 from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
@@ -23,10 +25,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from semid_index import build
+from semid_index import build, lifecycle
+from semid_index.arrow import fixed_size_list
 from semid_index.codes import check_prefix, format_id, parse_prefix, unpack
 from semid_index.collisions import CollisionPolicy, Share, own_quantizer
+from semid_index.compact import compact, save_copy
+from semid_index.devices import Device, choose_gpu, gpu_state, parse_device
+from semid_index.drift import assess
 from semid_index.errors import (
+    DeviceError,
     FilterError,
     InvalidArgumentError,
     InvalidCodesError,
@@ -38,38 +45,52 @@ from semid_index.errors import (
 )
 from semid_index.export import export
 from semid_index.filters import CheckedFilter, check_filter
+from semid_index.gpu import SearchOnGpu, why_not
 from semid_index.items import as_ids, check_count, id_type
+from semid_index.live import Live
 from semid_index.metrics import check_metric, normalized
 from semid_index.plugins import collision_policy_class, quantizer_class
 from semid_index.progress import progress_callback
 from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
+from semid_index.quantizers.kmeans import clustering_on
 from semid_index.quantizers.tail import Tail
 from semid_index.records import (
     CollisionReport,
+    CompactReport,
+    Drift,
     IndexConfig,
+    IndexVersion,
+    RetrainReport,
     SearchResult,
     SearchTrace,
     Shelf,
     Tier,
     TrainReport,
     Uniqueness,
+    UpsertResult,
+    VerifyReport,
 )
 from semid_index.report.id_files import codes_of_array
 from semid_index.report.inputs import MOST_VALUES, StoredVectors, choose_labels, earlier_codes, label_columns
 from semid_index.report.quality import quality
 from semid_index.report.records import QualityReport
 from semid_index.rerank import FileVectors
-from semid_index.search import SearchRequest, SearchState, search
-from semid_index.sql_search import SEARCHES, ByCodes, SqlSearch, searches_in
-from semid_index.store import Store, fixed_size_list
+from semid_index.retrain import retrain
+from semid_index.search import Rows, SearchRequest, search
+from semid_index.segments import SearchState, Snapshot
+from semid_index.sql_search import SEARCHES, SqlSearch, by_codes, searches_in
+from semid_index.store import Store
+from semid_index.vector_lists import check_precision
 from semid_index.vectors import as_queries, as_vectors, open_vectors
+from semid_index.verify import verify
 
 if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
     import sqlalchemy
 
-Device = str | int
+log = logging.getLogger("semid_index")
+
 _LARGEST_DIM = 65_536
 _HELD_OUT = 20_000  # vectors to measure the error on, of those held out
 
@@ -84,7 +105,8 @@ def create(
     codebook_size: int | Sequence[int] = 256,
     seed: int = 0,
     vectors: str = "float32",
-    device: Device = "cpu",
+    device: Device | None = None,
+    device_vectors: str = "float16",
     overwrite: bool = False,
     tail: int | None = None,
     leaf_size: int | None = None,
@@ -99,9 +121,10 @@ def create(
     ``tail``: 4-bit codes per item for quick scanning (0 for none; by default one for every 2 to 8 dimensions).
     ``leaf_size``: items that are searched together. ``collisions``: what happens to items that share an ID, the name of
     a policy or a mapping with its options, such as ``{"policy": "capacity", "items": 5}``. Further options go to the
-    quantizer. Raises :class:`IndexExistsError` if the file exists, unless ``overwrite``.
+    quantizer. ``device``, ``device_vectors``: as in :func:`open`; codebooks are learned there, too. Raises
+    :class:`IndexExistsError` if the file exists, unless ``overwrite``.
     """
-    _check_device(device)
+    place = _Place(device, device_vectors)
     if isinstance(dim, bool) or not isinstance(dim, int | np.integer) or not 1 <= dim <= _LARGEST_DIM:
         raise InvalidArgumentError(f"dim must be a whole number from 1 to {_LARGEST_DIM:,}, not {dim!r}.")
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31 - 64:
@@ -123,25 +146,35 @@ def create(
     policy.check(made)
     shape = made.get_config(), int(seed), tier, tail, leaf_size
     config = IndexConfig(int(dim), check_metric(metric), quantizer, *shape, _policy_config(policy))
-    return SemanticIndex(Store.create(path, config, overwrite=overwrite), made, None, policy)
+    return SemanticIndex(Store.create(path, config, overwrite=overwrite), made, None, policy, place=place)
 
 
 def open(
     path: str | os.PathLike[str],
     *,
     read_only: bool = False,
-    device: Device = "cpu",
+    device: Device | None = None,
+    device_vectors: str = "float16",
     vectors_in: Literal["memory", "file"] = "memory",
+    version: int | None = None,
 ) -> SemanticIndex:
     """Open an index; everything else comes from the file.
 
     Several processes may open one file with ``read_only=True``; otherwise only one. ``vectors_in="file"`` leaves the
-    stored vectors on disk, and fetches those that are re-ranked.
+    stored vectors on disk, and fetches those that are re-ranked. ``version``: an older version of the IDs, which
+    :meth:`SemanticIndex.retrain` left; it can be searched and browsed, and not be written.
+
+    ``device``: "cpu", "auto", or a GPU, as 0 or "cuda:0"; by default what the environment variable ``SEMID_DEVICE``
+    says, or "cpu". A GPU scans the leaves for batches of 8 queries and more. "auto" takes the first GPU if it works;
+    one that was named is used, or :class:`DeviceError` says what is missing. ``device_vectors``: how it keeps the
+    vectors, "float32", "float16" or "int8"; distances of hits are computed from the stored ones in any case.
     """
-    _check_device(device)
+    place = _Place(device, device_vectors)
     if vectors_in not in ("memory", "file"):
         raise InvalidArgumentError(f"vectors_in must be 'memory' or 'file', not {vectors_in!r}.")
-    store = Store.open(path, read_only=read_only)
+    if version is not None:
+        check_count("version", version)
+    store = Store.open(path, read_only=read_only, version=version)
     try:
         config = store.config
         hint = f"{path} was built with it: install the package that offers it."
@@ -149,19 +182,21 @@ def open(
         policy = _make_policy(config.collisions, hint=hint)
         if not store.is_trained:
             made = _make_quantizer(kind, dict(config.quantizer_config))
-            return SemanticIndex(store, made, None, policy, vectors_in=vectors_in)
+            return SemanticIndex(store, made, None, policy, vectors_in=vectors_in, place=place)
         quantizer, tail = build.restore(store, kind, policy)
     except BaseException:
         store.close()
         raise
-    return SemanticIndex(store, quantizer, tail, policy, vectors_in=vectors_in)
+    return SemanticIndex(store, quantizer, tail, policy, vectors_in=vectors_in, place=place)
 
 
 class SemanticIndex:
     """Items with semantic IDs, in one file: to be searched, browsed by prefix, and queried in SQL.
 
     Make one with :func:`create` or :func:`open`; use it in a ``with`` statement, or call :meth:`close`.
-    Reading methods may be called from several threads.
+    Reading methods may be called from several threads, also while another one writes. A search sees one moment: all
+    that was written before it was called, and of what is written meanwhile each call whole or not at all. It waits for
+    no write.
     """
 
     def __init__(
@@ -172,14 +207,18 @@ class SemanticIndex:
         policy: CollisionPolicy,
         *,
         vectors_in: Literal["memory", "file"] = "memory",
+        place: _Place | None = None,
     ) -> None:
         self._store = store
+        self._place = place or _Place("cpu", "float16")
+        self._on_gpus: dict[int, SearchOnGpu] = {}
+        self._not_on_gpu = ""  # why "auto" has taken the CPU for good
         self._policy = policy
-        self._quantizer = quantizer
+        self._quantizers = {store.version: quantizer}
         self._tail = tail
         self._vectors_in: Literal["memory", "file"] = vectors_in
-        self._state: SearchState | None = None
-        self._by_codes: ByCodes | None = None
+        self._live = Live(store, self._read_items)
+        self._by_codes: Snapshot | None = None
         self._sql_search: SqlSearch | None = None
         self._engine: sqlalchemy.Engine | None = None
         self._lock = RLock()
@@ -196,10 +235,11 @@ class SemanticIndex:
         At most ``sample`` rows, chosen at random, are used (by default the larger of 65,536 and 256 for each codeword).
         ``progress``: True shows bars on stderr; a function is called with (done, total, what).
         """
-        with self._lock, progress_callback(progress) as report:
-            result, self._quantizer, self._tail = build.train(
+        with self._lock, self._place.training(), progress_callback(progress) as report:
+            result, quantizer, self._tail = build.train(
                 self._store, self._quantizer, self._policy, vectors, sample=sample, progress=report
             )
+            self._quantizers = {self._store.version: quantizer}
             self.config = self._store.config
         return result
 
@@ -220,8 +260,8 @@ class SemanticIndex:
         with a row for each vector; its columns are those of the SQL table ``items``. ``on_bad_vectors="drop"`` leaves
         out vectors with NaN or infinite values (and zero vectors, under cosine) instead of refusing all.
         """
-        with self._lock, progress_callback(progress) as report:
-            added = build.add(
+        with self._lock, self._store.unchanging(), progress_callback(progress) as report:
+            return build.add(
                 self._store,
                 self._quantizer,
                 self._policy,
@@ -233,8 +273,123 @@ class SemanticIndex:
                 on_bad_vectors=on_bad_vectors,
                 progress=report,
             )
-            self._state = self._by_codes = None
-        return added
+
+    def upsert(
+        self,
+        vectors: Any,
+        ids: Any,
+        *,
+        metadata: Any = None,
+        batch_size: int = 50_000,
+        on_bad_vectors: Literal["error", "drop"] = "error",
+        progress: bool | ProgressCallback = False,
+    ) -> UpsertResult:
+        """Give items new vectors (n, dim), and add those whose ids are new, in one transaction.
+
+        An item whose codes stay the same keeps its ID; one whose codes change gets another, and the old one goes to the
+        SQL table ``semid_history``. No other item's ID changes. ``metadata``: as in :meth:`add`; of known items it
+        replaces the columns that are given, and only those. An id may be there only once. The rest as in :meth:`add`.
+        """
+        with self._lock, self._store.unchanging(), progress_callback(progress) as report:
+            return lifecycle.upsert(
+                self._store,
+                self._quantizer,
+                self._policy,
+                self._tail,
+                vectors,
+                ids,
+                metadata=metadata,
+                batch_size=batch_size,
+                on_bad_vectors=on_bad_vectors,
+                progress=report,
+            )
+
+    def delete(
+        self,
+        ids: Any = None,
+        *,
+        where: str | Mapping[str, Any] | sqlalchemy.ColumnElement[bool] | None = None,
+        params: Sequence[Any] | Mapping[str, Any] | None = None,
+    ) -> int:
+        """Delete items, with their vectors and metadata, in one transaction; returns how many were deleted.
+
+        Either those with some ``ids``, of which unknown ones do not matter, or those that fulfil ``where``, which is
+        as in :meth:`search`. Their IDs stay in the SQL table ``semid_history``, and are not given again (nor are whole
+        numbers that ``add`` gave as ids).
+        """
+        if (ids is None) == (where is None):
+            raise InvalidArgumentError("Say what to delete, by ids or by where= (and not by both).")
+        if where is None and params is not None:
+            raise InvalidArgumentError("params belong to a where expression, and there is none.")
+        self._check_trained()
+        with self._lock:
+            if where is None:
+                return lifecycle.delete(self._store, ids)
+            columns = self._store.filter_columns()
+            return lifecycle.delete_where(self._store, self._condition(where, params, columns), columns)
+
+    # -- versions of the IDs ------------------------------------------------------------------------------------------
+
+    def retrain(
+        self,
+        vectors: Any = None,
+        *,
+        ids: Any = None,
+        keep_ids: bool = True,
+        compare: bool = True,
+        progress: bool | ProgressCallback = False,
+    ) -> RetrainReport:
+        """Learn the codebooks again, and give every item a new ID, which is the old one wherever possible.
+
+        Learning goes on from the old codebooks, and codewords keep their numbers; with ``keep_ids=False`` it starts
+        from scratch. The new IDs are a new version, published in one transaction. The old version stays beside it until
+        :meth:`drop_version`: the SQL view ``semid_map`` leads from its IDs to the new ones, and ``open(path,
+        version=1)`` searches it.
+
+        ``vectors``: what to learn from, by default (a sample of) the stored vectors. ``ids``: with them, vectors are
+        those of all items, one for each, and are also what is encoded; an index with ``vectors="none"`` needs both.
+        ``compare``: also train from scratch, to report what that would have done to the IDs and to the error.
+        """
+        with self._lock, self._store.unchanging(), self._place.training(), progress_callback(progress) as callback:
+            report, quantizer = retrain(
+                self._store,
+                self._quantizer,
+                self._policy,
+                self._tail,
+                vectors,
+                ids,
+                keep_ids=keep_ids,
+                compare=compare,
+                progress=callback,
+                before_commit=self._quantizers.__setitem__,
+            )
+            self._live.forget()
+            self._by_codes = None
+            self._quantizers = {report.version: quantizer}
+        return report
+
+    def versions(self) -> list[IndexVersion]:
+        """The versions of the IDs that the file has, the oldest first."""
+        self._check_trained()
+        found = self._store.versions()
+        return [_version_record(number, facts, present=number == max(found)) for number, facts in found.items()]
+
+    def drop_version(self, version: int) -> None:
+        """Remove an older version of the IDs, and with it what the view ``semid_map`` says of it.
+
+        Raises :class:`InvalidArgumentError` if there is no such version, or it is the present one.
+        """
+        check_count("version", version)
+        with self._lock:
+            self._store.check_writable()
+            known = [each.version for each in self.versions()]
+            if version not in known[:-1]:
+                dropped = ", ".join(map(str, known[:-1])) or "none"
+                raise InvalidArgumentError(
+                    f"Version {version} cannot be dropped. Older versions that can: {dropped}. The present one is "
+                    f"{known[-1]}."
+                )
+            self._store.drop_version(int(version))
 
     # -- searching ----------------------------------------------------------------------------------------------------
 
@@ -250,6 +405,7 @@ class SemanticIndex:
         exact: bool = False,
         threads: int | None = None,
         timeout: float | None = None,
+        device: Device | None = None,
     ) -> SearchResult:
         """The k items nearest to a query (dim,), or to each query of a batch (q, dim).
 
@@ -258,22 +414,24 @@ class SemanticIndex:
         many as hold about 48 sqrt(n) items). ``rerank``: candidates to compute exact distances for (by default 4 k, at
         least 100; four times that under ip). ``exact=True``: brute force. ``threads``: by default all cores.
         ``timeout``: seconds, after which :class:`SearchTimeoutError` is raised; without one, a filter may take 60
-        seconds, and the rest as long as it likes. Fewer than k hits come back only where fewer items exist.
+        seconds, and the rest as long as it likes. ``device``: as in :func:`open`; by default that of the index. Fewer
+        than k hits come back only where fewer items exist.
         """
+        asked = self._place.device if device is None else parse_device(device)
         request = self._request(query, k, probes, rerank, exact, threads, timeout)
         if where is None:
             if params is not None:
                 raise InvalidArgumentError("params belong to a where expression, and there is none.")
-            return search(self._search_state, request)
-        if self._state is None:
+            return self._search(request, device=asked)
+        if self._live.latest is None:
             self._check_trained()
         columns = self._store.filter_columns()
         condition = self._condition(where, params, columns)
-        return search(
-            self._search_state,
-            request,
-            lambda seconds: self._store.matching_rows(condition, columns, timeout=seconds),
-        )
+
+        def matching(seconds: float) -> Rows:
+            return self._store.matching_rows(condition, columns, timeout=seconds)
+
+        return self._search(request, matching, device=asked)
 
     def _condition(self, where: Any, params: Any, columns: Mapping[str, str]) -> CheckedFilter:
         if isinstance(where, str | Mapping):
@@ -293,7 +451,7 @@ class SemanticIndex:
 
     def _search_codes(self, query: Any, k: int, *, probes: int | None = None) -> SearchResult:
         """The k items nearest to a query, or to each of a batch, by what their codes decode to."""
-        return search(self._state_by_codes, self._request(query, k, probes))
+        return search(lambda read: (self._snapshot_by_codes(), read()), self._request(query, k, probes))
 
     def explain(self, query: Any, k: int = 10, **options: Any) -> SearchTrace:
         """Search for one query and tell how: the leaves opened, candidates, the time of each step."""
@@ -346,7 +504,8 @@ class SemanticIndex:
 
     def prefix(self, prefix: str | Sequence[int]) -> pa.Table:
         """The items below a prefix such as "12-153" or (12, 153): id, semantic_id, metadata; ordered by ID."""
-        return self._store.items_under(self._prefix(prefix, "prefix"))
+        with self._store.reading():
+            return self._store.items_under(self._prefix(prefix, "prefix"))
 
     def tree(self, depth: int = 1, under: str | Sequence[int] | None = None, *, examples: int = 0) -> list[Shelf]:
         """The shelves ``depth`` levels down, below a prefix if one is given: the largest first, each with some ids."""
@@ -375,10 +534,11 @@ class SemanticIndex:
         wanted = self._ids(ids)
         if wanted is None:
             wanted = pa.array([], pa.int64() if self._store.id_type != "str" else pa.string())
-        table = self._store.items(wanted)
-        if vectors:
-            table = table.drop_columns([name for name in table.column_names if name == "vector"])
-            table = table.append_column("vector", self._stored_vectors(table["id"].combine_chunks()))
+        with self._store.reading():
+            table = self._store.items(wanted)
+            if vectors:
+                table = table.drop_columns([name for name in table.column_names if name == "vector"])
+                table = table.append_column("vector", self._stored_vectors(table["id"].combine_chunks()))
         return table
 
     def sql(
@@ -433,42 +593,8 @@ class SemanticIndex:
 
     def stats(self) -> dict[str, Any]:
         """What the index is and what it costs, in plain values."""
-        items = len(self)
-        config = self.config
-        stats: dict[str, Any] = {
-            "items": items,
-            "dim": config.dim,
-            "metric": config.metric,
-            "quantizer": config.quantizer,
-            "trained": self._store.is_trained,
-            "vectors": config.vectors,
-            "path": None if self._store.path is None else str(self._store.path),
-        }
-        if not self._store.is_trained:
-            return stats
-        layout = self._store.layout
-        collisions = self._collisions()
-        file_bytes = self._store.file_bytes()
-        code_bytes = sum(codebook.nbytes for codebook in own_quantizer(self._quantizer).codebooks or ())
-        stats |= {
-            "levels": layout.levels,
-            "codebook_sizes": list(layout.codebook_sizes),
-            "tail": config.tail,
-            "items_sharing_an_id": items - collisions.after.alone,
-            "collisions": asdict(collisions),
-            "train_report": self._store.meta("train_report"),
-            "code_bytes_per_item": layout.bytes_per_item,
-            "float32_bytes_per_item": 4 * config.dim,
-            "codebook_bytes": code_bytes,
-            "file_bytes": file_bytes,
-            "file_column_bytes": self._store.column_bytes() if file_bytes else {},
-            "file_bytes_per_item": file_bytes / items if items else 0.0,
-        }
-        state = self._state
-        if state is not None:
-            stats["leaves"] = len(state.leaves)
-            stats["memory_bytes"] = state.memory()
-        return stats
+        with self._store.reading():
+            return self._stats()
 
     def report(
         self,
@@ -494,10 +620,10 @@ class SemanticIndex:
             raise InvalidArgumentError("The index has no items to report on. Add some with index.add(vectors).")
         check_count("k", k)
         check_count("queries", queries)
-        with self._lock, progress_callback(progress) as callback:
+        with self._lock, self._store.reading(), progress_callback(progress) as callback:
             layout, config = self._store.layout, self.config
             codes, ids = self._codes_and_ids()
-            return quality(
+            found = quality(
                 codes,
                 layout.codebook_sizes,
                 vectors=None if config.vectors == "none" else StoredVectors(self._store),
@@ -513,18 +639,45 @@ class SemanticIndex:
                 bytes_per_item=self._store.file_bytes() / len(self) or None,
                 progress=callback,
             )
+            return replace(found, drift=self._drift())
 
     # -- housekeeping -------------------------------------------------------------------------------------------------
 
+    def verify(self, *, sample: int = 1_000, progress: bool | ProgressCallback = False) -> VerifyReport:
+        """Check whether the file is whole: that its tables fit together, and fit the vectors.
+
+        Reads everything, so that DuckDB looks at the checksum of each block. ``sample``: how many stored vectors are
+        encoded again and compared with their codes. Raises nothing for what is wrong: ``report.ok`` tells, and each of
+        ``report.checks`` says what was found.
+        """
+        with self._lock, progress_callback(progress) as callback:
+            return verify(self._store, self._quantizer, self._policy, self._tail, sample=sample, progress=callback)
+
+    def save_copy(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write a copy of the index to a file, as it is at this moment: an index of its own, as small as can be.
+
+        Also of an index in memory, which is how to keep one, and of one that is open for reading only. Your own tables
+        come along. Raises :class:`IndexExistsError` if the file exists, unless ``overwrite``, and :class:`StorageError`
+        if it cannot be written; then there is no half of it.
+        """
+        save_copy(self._store, path, overwrite=overwrite)
+
+    def compact(self) -> CompactReport:
+        """Give back the space of what was deleted, and sort the items by their IDs again; no ID changes.
+
+        The file is written anew beside the old one, which it replaces when it is complete: until then the disk holds
+        both. Searches go on meanwhile; writes wait. Raises :class:`IndexLockedError` if anything else in this process
+        has the file open: another index, a connection taken from :meth:`engine`, a relation of :meth:`sql`.
+        An index in memory is only sorted.
+        """
+        with self._lock:
+            return compact(self._store, self._release_idle_connections)
+
     def close(self) -> None:
         """Release the file. Closing twice is allowed."""
-        self._state = self._by_codes = None
-        if self._engine is not None:
-            self._engine.dispose()
-        with self._sql_lock:
-            if self._sql_search is not None:
-                self._sql_search.close()
-            self._sql_search = None
+        self._live.forget()
+        self._by_codes = None
+        self._release_connections()
         self._store.close()
 
     def __enter__(self) -> Self:
@@ -558,24 +711,126 @@ class SemanticIndex:
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
-    def _search_state(self) -> SearchState:
-        """All that searching needs, of one moment. Searches go on with the last one while items are added."""
-        state = self._state
-        if state is not None:
-            return state
-        with self._lock:  # no items are added while everything is read
-            if self._state is None:
-                self._check_trained()
-                state = SearchState(self._store, self._quantizer, self._tail, vectors_in=self._vectors_in)
-                self._state = state.prepare()
-            return self._state
+    def _release_idle_connections(self) -> None:
+        """Let go of all connections but the store's own and those in use; they are made again when needed."""
+        from sqlalchemy.pool import QueuePool
 
-    def _state_by_codes(self) -> SearchState:
+        pool = None if self._engine is None else self._engine.pool
+        if not isinstance(pool, QueuePool) or not pool.checkedout():
+            self._release_connections()
+
+    @property
+    def _quantizer(self) -> Quantizer:
+        """That of the version of the IDs at this moment, which another index on the same file may have retrained."""
+        version = self._store.version
+        quantizer = self._quantizers.get(version)
+        if quantizer is None:
+            kind = quantizer_class(self.config.quantizer)
+            self._quantizers[version] = quantizer = build.restore(self._store, kind, self._policy)[0]
+        return quantizer
+
+    def _release_connections(self) -> None:
+        """Let go of all connections but the store's own."""
+        if self._engine is not None:
+            self._engine.dispose()
+        with self._sql_lock:
+            if self._sql_search is not None:
+                self._sql_search.close()
+            self._sql_search = None
+
+    def _stats(self) -> dict[str, Any]:
+        items = len(self)
+        config = self.config
+        stats: dict[str, Any] = {
+            "items": items,
+            "dim": config.dim,
+            "metric": config.metric,
+            "quantizer": config.quantizer,
+            "trained": self._store.is_trained,
+            "vectors": config.vectors,
+            "path": None if self._store.path is None else str(self._store.path),
+        }
+        if not self._store.is_trained:
+            return stats
+        layout = self._store.layout
+        collisions = self._collisions()
+        file_bytes = self._store.file_bytes()
+        code_bytes = sum(codebook.nbytes for codebook in own_quantizer(self._quantizer).codebooks or ())
+        stats |= {
+            "levels": layout.levels,
+            "codebook_sizes": list(layout.codebook_sizes),
+            "tail": config.tail,
+            "items_sharing_an_id": items - collisions.after.alone,
+            "collisions": asdict(collisions),
+            "train_report": self._store.meta("train_report"),
+            "version": self._store.version,
+            "drift": asdict(self._drift()),
+            "code_bytes_per_item": layout.bytes_per_item,
+            "float32_bytes_per_item": 4 * config.dim,
+            "codebook_bytes": code_bytes,
+            "file_bytes": file_bytes,
+            "file_column_bytes": self._store.column_bytes() if file_bytes else {},
+            "file_bytes_per_item": file_bytes / items if items else 0.0,
+        }
+        snapshot = self._live.latest
+        stats["device"] = self._device_stats()
+        if snapshot is not None:
+            stats["leaves"] = sum(len(state.leaves) for state in snapshot.states)
+            stats["memory_bytes"] = snapshot.memory()
+        return stats
+
+    def _device_stats(self) -> dict[str, Any]:
+        """Where it is searched, and what would fit on a GPU."""
+        gpu, precision = choose_gpu(self._place.device), self._place.precision
+        on_gpu = SearchOnGpu(None, precision) if gpu is None else self._on_gpus.get(gpu) or SearchOnGpu(gpu, precision)
+        state = None if gpu is None else gpu_state(gpu)
+        return {"asked": self._place.device, **on_gpu.stats(len(self), self.config.dim, state)}
+
+    def _search(
+        self, request: SearchRequest, match: Callable[[float], Rows] | None = None, *, device: Device = "cpu"
+    ) -> SearchResult:
+        """Search among the items of one moment, at which the matches and, from the file, the vectors are read, too."""
+        if self._live.latest is None:
+            self._check_trained()
+        gpu = choose_gpu(device)
+        reason = "" if gpu is None else why_not(request, self._place.precision)
+        if gpu is not None and device == "auto":
+            reason = reason or self._not_on_gpu
+        with ExitStack() as moment:
+
+            def load(read: Callable[[], Rows | None]) -> tuple[Snapshot, Rows | None]:
+                nonlocal reason
+                if self._vectors_in == "memory":
+                    snapshot, rows = self._live.now_and(read)
+                else:
+                    snapshot, rows = moment.enter_context(self._live.moment()), read()
+                if gpu is not None and not reason:
+                    snapshot, reason = self._on_gpu(snapshot, gpu, may_refuse=device == "auto")
+                return snapshot, rows
+
+            found = search(load, request, match)
+        return replace(found, trace=replace(found.trace, device=f"cpu ({reason})")) if reason else found
+
+    def _on_gpu(self, snapshot: Snapshot, gpu: int, *, may_refuse: bool) -> tuple[Snapshot, str]:
+        """A snapshot to be searched on a GPU; with ``may_refuse`` the same one and the reason, if it does not fit."""
+        try:
+            return self._on_gpus.setdefault(gpu, SearchOnGpu(gpu, self._place.precision)).snapshot(snapshot), ""
+        except DeviceError as error:
+            if not may_refuse:
+                raise
+            log.warning("device='auto' takes the CPU: %s", error)
+            self._not_on_gpu = str(error)
+            return snapshot, self._not_on_gpu
+
+    def _read_items(self, rows: range, *, few: bool) -> SearchState:
+        return SearchState(self._store, self._quantizer, self._tail, vectors_in=self._vectors_in, rows=rows, few=few)
+
+    def _snapshot_by_codes(self) -> Snapshot:
         """The same items, to be searched by their codes alone."""
-        state, by_codes = self._search_state(), self._by_codes
-        if by_codes is None or by_codes.of is not state:
-            self._by_codes = by_codes = ByCodes(state)
-        return by_codes
+        if self._live.latest is None:
+            self._check_trained()
+        self._by_codes = made = by_codes(self._live.now(), self._by_codes)
+        return made
 
     def _make_searchable(self, connection: duckdb.DuckDBPyConnection, searches: Iterable[str]) -> None:
         """Let a connection search in Python. Without items there is nothing to find, and no type for the ids."""
@@ -588,10 +843,11 @@ class SemanticIndex:
 
     def _codes_and_ids(self) -> tuple[Codes, pa.Array]:
         """The codes and ids of all items, in the order they were added."""
-        stored = self._store.codes()
-        order = np.argsort(stored.rows)
-        codes = unpack(stored.sids, self._store.layout, stored.rest)
-        return codes[order], self._store.ids().take(order)
+        with self._store.reading():
+            stored = self._store.codes()
+            order = np.argsort(stored.rows)
+            codes = unpack(stored.sids, self._store.layout, stored.rest)
+            return codes[order], self._store.ids().take(order)
 
     def _held_out(self, vectors: Any) -> tuple[Codes, Vectors]:
         """Codes and vectors of (at most 20,000 of) the rows."""
@@ -635,6 +891,18 @@ class SemanticIndex:
             unique=after.ids == len(self) if self._policy.promises_unique else None,
         )
 
+    def _drift(self) -> Drift:
+        """How the items compare with those that the codebooks were learned from."""
+        sums, end = self._store.meta("drift"), self._store.next_row
+        shelves = self._store.first_level_counts() if self._quantizer.hierarchical else None
+        repeated = None
+        if sums and (size := min(sums["since"], end - sums["since"])):
+            spans = (range(sums["since"] - size, sums["since"]), range(end - size, end))
+            first, new = (self._store.repeated_share(rows) for rows in spans)
+            repeated = first, new
+        report = self._store.meta("train_report")
+        return assess(sums, report, items=len(self), shelves=shelves, repeated=repeated)
+
     def _check_trained(self) -> None:
         if not self._store.is_trained:
             raise NotTrainedError("The index is not trained. Call index.train(vectors) and index.add(vectors) first.")
@@ -666,9 +934,10 @@ class SemanticIndex:
     def _vector_of(self, id: Any) -> NDArray[np.float32]:
         self._check_trained()
         wanted = self._ids([id])
-        if wanted is None or id not in self:
-            raise UnknownIdError(f"There is no item with id {id!r} in the index.")
-        column = self._stored_vectors(wanted)
+        with self._store.reading():
+            if wanted is None or id not in self:
+                raise UnknownIdError(f"There is no item with id {id!r} in the index.")
+            column = self._stored_vectors(wanted)
         return np.asarray(column.flatten().to_numpy(), dtype=np.float32)
 
     def _stored_vectors(self, ids: pa.Array) -> pa.Array:
@@ -687,6 +956,12 @@ def _version(against: SemanticIndex | tuple[Any, Any]) -> tuple[pa.Array, Codes]
     ids, codes = against
     matrix = np.asarray(codes)
     return as_ids(ids, count=len(matrix)), codes_of_array(matrix, "The earlier version")
+
+
+def _version_record(number: int, facts: Mapping[str, Any], *, present: bool) -> IndexVersion:
+    report = facts["train_report"]
+    error = report["levels"][-1]["error"] if report["levels"] else None
+    return IndexVersion(number, facts["items"], facts.get("trained_at"), report["rows"], error, present)
 
 
 def _make_quantizer(kind: type[Quantizer], options: dict[str, Any]) -> Quantizer:
@@ -718,8 +993,15 @@ def _check_options(kind: type[Quantizer] | type[CollisionPolicy], options: Mappi
         raise InvalidArgumentError(f"'{kind.name}' has no option '{unknown[0]}'. {options_of_it}.")
 
 
-def _check_device(device: Device) -> None:
-    if device not in ("cpu", "auto"):
-        raise InvalidArgumentError(
-            f"device={device!r}: this version searches on the CPU only. Use device='cpu' or 'auto'."
-        )
+class _Place:
+    """The device that an index was opened with."""
+
+    def __init__(self, device: Device | None, precision: str) -> None:
+        self.precision = check_precision(precision)
+        self.device = parse_device(device)
+        if self.device != "auto":
+            choose_gpu(self.device)  # a GPU that was named has to work; for "auto", looking for one can wait
+
+    def training(self) -> AbstractContextManager[None]:
+        """k-means there."""
+        return clustering_on(choose_gpu(self.device))

@@ -50,6 +50,15 @@ class Leaves:
 
     def text(self, leaf: int) -> str:
         """The prefix of a leaf, such as ``12-153-*``, or ``12-(64..127)-*`` where it ends inside a level."""
+        if leaf not in self._texts:
+            self._texts[leaf] = self._written(leaf)
+        return self._texts[leaf]
+
+    @cached_property
+    def _texts(self) -> dict[int, str]:
+        return {}
+
+    def _written(self, leaf: int) -> str:
         left = int(self.bits[leaf])
         parts: list[str] = []
         for shift, bits, size in zip(self.layout.shifts, self.layout.bits, self.layout.codebook_sizes, strict=False):
@@ -94,6 +103,39 @@ def make_leaves(sids: NDArray[np.int64], layout: CodeLayout, leaf_size: int) -> 
 def whole_index(n: int, layout: CodeLayout) -> Leaves:
     """One leaf with everything, for codes that are not a hierarchy."""
     return Leaves(layout, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), np.array([0, n], dtype=np.int64))
+
+
+_SPARSE = 8  # from so many row numbers per item on, places are searched for instead of looked up
+
+
+class Places:
+    """Where the items are: from their rows, the numbers they were given when added, to their positions."""
+
+    def __init__(self, rows: NDArray[np.int64], span: range) -> None:
+        """``rows`` (n,): the row of the item at each position. ``span``: has all of them, and may have many more."""
+        self.count, self.span = len(rows), span
+        self._order: NDArray[np.int64] | None = None
+        if len(span) > _SPARSE * len(rows):
+            self._order = np.argsort(rows)
+            self._table = rows[self._order]
+        else:
+            self._table = np.full(len(span), -1, dtype=np.int64)
+            self._table[rows - span.start] = np.arange(len(rows))
+
+    def of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The position of the item with each row; -1 where there is none."""
+        inside = (rows >= self.span.start) & (rows < self.span.stop)
+        if not self.count:
+            return np.full(len(rows), -1, dtype=np.int64)
+        if self._order is None:
+            return np.where(inside, self._table[np.where(inside, rows - self.span.start, 0)], -1)
+        found = np.minimum(np.searchsorted(self._table, rows), self.count - 1)
+        return np.where(self._table[found] == rows, self._order[found], -1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self._table.nbytes + (0 if self._order is None else self._order.nbytes)
 
 
 @dataclass(frozen=True)

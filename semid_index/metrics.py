@@ -92,12 +92,12 @@ def exact_search(
     for start in range(0, len(queries), block):
         part = slice(start, start + block)
         all_distances = distances(queries[part], vectors, metric)
-        rows[part] = _smallest(all_distances, k)
+        rows[part] = smallest_columns(all_distances, k)
         nearest[part] = np.take_along_axis(all_distances, rows[part], axis=1)
     return rows, nearest
 
 
-def _smallest(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+def smallest_columns(values: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """Column numbers of the k smallest values of each row, in order, ties by column."""
     if k < values.shape[1]:
         columns = np.sort(np.argpartition(values, k - 1, axis=1)[:, :k], axis=1)

@@ -31,6 +31,11 @@ DEFAULT_PLUGINS = (
     "semid_index.quantizers.additive",
     "semid_index.quantizers.bits",
     "semid_index.collisions",
+    "semid_index.bench.subjects.ours",
+    "semid_index.bench.subjects.faiss_indexes",
+    "semid_index.bench.subjects.graphs",
+    "semid_index.bench.subjects.scann_tree",
+    "semid_index.bench.subjects.brute_force",
 )
 _KINDS = {
     "quantizer": "semid_register_quantizers",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,6 +79,111 @@ class TrainReport:
     """Measured on (at most 20,000 of) the training vectors; empty for quantizers without codebooks."""
     refinement: Refinement | None = None
     """What refining the codebooks did, where they were refined."""
+    device: str = "cpu"
+    """Where k-means found the nearest centroids: "cpu" or "cuda:0"."""
+
+
+@dataclass(frozen=True)
+class UpsertResult:
+    """What ``upsert`` did."""
+
+    inserted: int
+    """Items whose ids were new."""
+    updated: int
+    """Items whose ids were known."""
+    renamed: int
+    """Those of the updated ones that have another semantic ID now; the old ones are in ``semid_history``."""
+    dropped: int = 0
+    """Vectors that cannot be used, and were left out with ``on_bad_vectors="drop"``."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How items that were added compare with those that the codebooks were learned from."""
+
+    items: int
+    """Items that were looked at: those added since the first ``add`` or since retraining, or if there are none, all."""
+    share: float
+    """Of all items."""
+    error: float | None
+    """Mean squared distance between them and what their codes decode to."""
+    expected_error: float | None
+    """The same for vectors such as those of the training, had it not seen them; for quantizers without codebooks, that
+    of the items that were added first."""
+    perplexity: float | None
+    """Of the first codes of all items; None for codes without shelves."""
+    perplexity_at_training: float | None
+    repeated: float | None
+    """Share of the newest items that repeat the ID of another of them; None without new ones."""
+    repeated_first: float | None
+    """The same for as many of the items that were encoded first."""
+    due: bool
+    """Whether retraining is due."""
+    reason: str
+    """Why, or why not, in a sentence."""
+
+    @property
+    def error_ratio(self) -> float | None:
+        """The error, divided by what was to be expected."""
+        return self.error / self.expected_error if self.error and self.expected_error else None
+
+
+@dataclass(frozen=True)
+class LevelChurn:
+    """How many items got another code when an index was retrained."""
+
+    level: int
+    changed: float
+    """Share of the items whose code at this level is another."""
+    prefix: float
+    """Share of the items whose first ``level`` codes are not what they were."""
+    unaligned: float | None
+    """What ``prefix`` would have been with codebooks learned from scratch; None if that was not looked at."""
+    aligned: float | None
+    """The same with their codewords renumbered to fit the old ones as well as can be."""
+
+
+@dataclass(frozen=True)
+class RetrainReport:
+    """What ``retrain`` did."""
+
+    version: int
+    """The number of the new version. The one before stays until it is dropped."""
+    items: int
+    """Items that were encoded again."""
+    rows: int
+    """Vectors the codebooks were learned from."""
+    seconds: float
+    kept_ids: bool
+    """Whether learning went on from the old codebooks, and the new ones were aligned with them."""
+    error_before: float
+    """Mean squared distance between the items and what their old codes decode to."""
+    error: float
+    """The same for the new codes."""
+    error_ratio: float | None
+    """The error, divided by that of codebooks learned from scratch, on (at most 20,000 of) the items; None if that was
+    not looked at."""
+    levels: tuple[LevelReport, ...]
+    """Measured on (at most 20,000 of) the vectors the codebooks were learned from."""
+    churn: tuple[LevelChurn, ...]
+    """The items' codes, level by level. What training from scratch would have done is measured on 20,000 of them."""
+
+
+@dataclass(frozen=True)
+class IndexVersion:
+    """One version of the IDs in an index."""
+
+    version: int
+    items: int
+    """Items that have an ID of this version: those that were added later do not."""
+    trained_at: str | None
+    """When its codebooks were learned, in UTC; None where that was not written down."""
+    rows: int
+    """Vectors they were learned from."""
+    error: float | None
+    """Mean squared error of the training vectors; None for quantizers without codebooks."""
+    present: bool
+    """Whether it is the one that new items get IDs of."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +200,7 @@ class Uniqueness:
 
 @dataclass(frozen=True)
 class CollisionCounts:
-    """What a collision policy did, summed up over all calls of ``add``; kept in the index."""
+    """What a collision policy did, summed up over all calls of ``add`` and ``upsert``; kept in the index."""
 
     items: int = 0
     moved: int = 0
@@ -139,6 +244,50 @@ class CollisionReport:
 
 
 @dataclass(frozen=True)
+class Check:
+    """What one check of ``verify`` found."""
+
+    name: str
+    status: Literal["ok", "failed", "skipped"]
+    found: str
+    """One sentence: what is so, what is wrong, or why the check does not apply."""
+    examined: int
+    """Rows, values or names that were looked at."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Whether an index is whole."""
+
+    checks: tuple[Check, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed."""
+        return not self.failed
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The names of the checks that failed."""
+        return tuple(check.name for check in self.checks if check.status == "failed")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON."""
+        return {"ok": self.ok, "failed": list(self.failed), **asdict(self)}
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """What ``compact`` did to the file."""
+
+    bytes_before: int
+    """With its write-ahead log; 0 in memory."""
+    bytes_after: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Probe:
     """One leaf that a search opened."""
 
@@ -171,14 +320,23 @@ class SearchTrace:
     executor: str
     seconds: Mapping[str, float]
     """Wall time of each step."""
-    probes: tuple[Probe, ...] = ()
-    """The opened leaves, best first; only for a single query."""
+    read_probes: Callable[[], tuple[Probe, ...]] = field(default=tuple, repr=False, compare=False)
+    """Gives ``probes``: to write them out takes longer than many a search."""
     plan: str = ""
     """One sentence: how the search was carried out and why."""
+    device: str = "cpu"
+    """Where the leaves were scanned: "cpu" or "cuda:0"; after "cpu" in brackets, why it was not the GPU that was
+    chosen."""
+
+    @cached_property
+    def probes(self) -> tuple[Probe, ...]:
+        """The opened leaves, best first; only for a single query."""
+        return self.read_probes()
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
-        return asdict(self)
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "read_probes"}
+        return values | {"seconds": dict(self.seconds), "probes": [asdict(probe) for probe in self.probes]}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 from semid_index import metrics
 from semid_index.codes import unpack
 from semid_index.errors import RESTORE, CorruptIndexError, MissingDependencyError
-from semid_index.lookup import Leaves, Matches, Probes
+from semid_index.lookup import Leaves, Matches, Places, Probes
 from semid_index.quantizer import Quantizer, Vectors
 from semid_index.quantizers.kmeans import import_faiss, openmp_threads
 from semid_index.quantizers.tail import Tail, pad
 from semid_index.records import Metric
-from semid_index.store import Store, StoredCodes
+
+if TYPE_CHECKING:
+    from semid_index.store import Store, StoredCodes
 
 log = logging.getLogger("semid_index")
 
@@ -36,6 +38,7 @@ Positions = NDArray[np.int64]
 Distances = NDArray[np.float32]
 
 _GATHER_BYTES = 16 << 20  # candidates' vectors copied together at once
+_FEW_QUERIES = 8  # for up to so many, vectors are compared where they are, and not copied together first
 _EXACT_BLOCK = 65_536  # stored vectors compared at once by brute force
 _LIST_BYTES = 64 << 20  # matching vectors copied together at once, to be scanned for many queries
 _STORED_DTYPES: dict[str, np.dtype[Any]] = {
@@ -79,20 +82,38 @@ class VectorsByPosition(ABC):
             found[start : start + tile] = np.where(part >= 0, exact, np.float32(np.inf))
         return found
 
-    def nearest(self, queries: Vectors, k: int, allowed: Positions | None = None) -> tuple[Positions, Distances]:
-        """Brute force: the k nearest of all vectors, or of the ``allowed`` positions; (q, min(k, n)) each, in order."""
+    def nearest(
+        self,
+        queries: Vectors,
+        k: int,
+        allowed: Positions | None = None,
+        *,
+        between: Callable[[], None] = lambda: None,
+    ) -> tuple[Positions, Distances]:
+        """Brute force: the k nearest of all vectors, or of the ``allowed`` positions; (q, min(k, n)) each, in order.
+
+        ``between`` is called again and again, and may raise an error to end this.
+        """
         count = self.count if allowed is None else len(allowed)
         best_positions = np.empty((len(queries), 0), dtype=np.int64)
         best_distances = np.empty((len(queries), 0), dtype=np.float32)
         for start in range(0, count, _EXACT_BLOCK):
+            between()
             block = slice(start, min(start + _EXACT_BLOCK, count))
-            vectors = self.take(block if allowed is None else allowed[block])
-            rows, distances = _nearest_in_block(queries, vectors, k, self.metric)
-            found = rows + start if allowed is None else allowed[block][rows]
+            if allowed is None:
+                rows, distances = _nearest_in_block(queries, self.take(block), k, self.metric)
+                found = rows + start
+            else:
+                found, distances = self._nearest_of(queries, allowed[block], k)
             best_positions = np.concatenate([best_positions, found], axis=1)
             best_distances = np.concatenate([best_distances, distances], axis=1)
             best_positions, best_distances = smallest(best_positions, best_distances, k)
         return best_positions, best_distances
+
+    def _nearest_of(self, queries: Vectors, positions: Positions, k: int) -> tuple[Positions, Distances]:
+        """The k nearest of the vectors at some positions, in order."""
+        rows, distances = _nearest_in_block(queries, self.take(positions), k, self.metric)
+        return positions[rows], distances
 
 
 class MemoryVectors(VectorsByPosition):
@@ -108,25 +129,29 @@ class MemoryVectors(VectorsByPosition):
         self._scale = scale
 
     @classmethod
-    def load(cls, store: Store, position_of_row: NDArray[np.int64], metric: Metric) -> MemoryVectors:
-        """Read all stored vectors, once, straight into their places."""
-        config = store.config
-        count = int((position_of_row >= 0).sum())
+    def load(cls, store: Store, places: Places, metric: Metric) -> MemoryVectors:
+        """Read the stored vectors of some items, once, straight into their places."""
+        config, count = store.config, places.count
         dtype = _STORED_DTYPES[config.vectors]
         vectors = np.empty((count, config.dim), dtype=dtype)
         scale = np.empty(count, dtype=np.float32) if config.vectors == "int8" else None
         columns = ("v", "scale") if scale is not None else ("v",)
-        for places, batch in stored_in_place(store, position_of_row, *columns):
+        for positions, batch in stored_in_place(store, places, *columns):
             stored = batch["v"].view(dtype)
-            vectors[places] = metrics.normalized(stored) if metric == "cosine" and dtype == np.float32 else stored
+            vectors[positions] = metrics.normalized(stored) if metric == "cosine" and dtype == np.float32 else stored
             if scale is not None:
-                scale[places] = batch["scale"]
+                scale[positions] = batch["scale"]
         return cls(vectors, scale, metric)
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
         return self._vectors.nbytes + (0 if self._scale is None else self._scale.nbytes)
+
+    @property
+    def stored(self) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+        """All vectors as they are stored, and their scales if they are int8."""
+        return self._vectors, self._scale
 
     def take(self, positions: Positions | slice) -> Vectors:
         """The vectors at some positions."""
@@ -148,6 +173,14 @@ class MemoryVectors(VectorsByPosition):
             np.subtract(1.0 if self.metric == "cosine" else 0.0, found, out=found)
         found[positions < 0] = np.inf
         return np.maximum(found, 0) if self.metric == "cosine" else found
+
+    def _nearest_of(self, queries: Vectors, positions: Positions, k: int) -> tuple[Positions, Distances]:
+        """As the parent's; for a few queries copying the vectors would take longer than comparing them."""
+        if len(queries) > _FEW_QUERIES or self._vectors.dtype != np.float32 or not faiss_works():
+            return super()._nearest_of(queries, positions, k)
+        distances = self.distances(queries, np.broadcast_to(positions, (len(queries), len(positions))))
+        columns = metrics.smallest_columns(distances, min(k, len(positions)))
+        return positions[columns], np.take_along_axis(distances, columns, axis=1)
 
 
 class FileVectors(VectorsByPosition):
@@ -181,21 +214,19 @@ class DecodedVectors(VectorsByPosition):
         return self._quantizer.decode(unpack(self._codes.sids[positions], self._layout, rest))
 
 
-def stored_in_place(
-    store: Store, position_of_row: NDArray[np.int64], *columns: str
-) -> Iterator[tuple[Positions, dict[str, NDArray[Any]]]]:
-    """The named columns of all stored vectors, in batches, with the position of each item.
+def stored_in_place(store: Store, places: Places, *columns: str) -> Iterator[tuple[Positions, dict[str, NDArray[Any]]]]:
+    """The named columns of the stored vectors of some items, in batches, with the position of each item.
 
     Raises :class:`CorruptIndexError` unless there is exactly one vector for each item.
     """
-    seen = np.zeros(len(position_of_row), dtype=bool)
-    for rows, batch in store.vector_batches(*columns):
-        known = (rows >= 0) & (rows < len(position_of_row))
-        if not known.all() or (position_of_row[rows] < 0).any():
+    seen = np.zeros(places.count, dtype=bool)
+    for rows, batch in store.vector_batches(*columns, rows=places.span):
+        positions = places.of(rows)
+        if (positions < 0).any():
             raise CorruptIndexError(f"{store.path} has vectors without codes. {RESTORE}")
-        seen[rows] = True
-        yield position_of_row[rows], batch
-    if not seen[position_of_row >= 0].all():
+        seen[positions] = True
+        yield positions, batch
+    if not seen.all():
         raise CorruptIndexError(f"{store.path} lacks some of its vectors. {RESTORE}")
 
 
@@ -213,6 +244,11 @@ def to_stored(vectors: Vectors, tier: str) -> dict[str, NDArray[Any]]:
         scale = np.maximum(np.abs(vectors).max(axis=1), np.float32(1e-30)) / np.float32(127)
         return {"v": np.rint(vectors / scale[:, None]).astype(np.int8), "scale": scale}
     return {}
+
+
+def stored_dtype(tier: str) -> np.dtype[Any]:
+    """The type of the values that ``semid_vectors`` holds, of float16 too, which DuckDB knows as its bits."""
+    return _STORED_DTYPES[tier]
 
 
 def from_stored(vectors: NDArray[Any], scale: NDArray[np.float32] | None) -> Vectors:

@@ -8,49 +8,29 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from semid_index.codes import unpack
 from semid_index.errors import InvalidArgumentError, SearchTimeoutError
 from semid_index.items import check_count
-from semid_index.lookup import (
-    LeafScorer,
-    Leaves,
-    Matches,
-    Probes,
-    additive_scorer,
-    centroid_scorer,
-    choose_probes,
-    make_leaves,
-    whole_index,
-)
+from semid_index.lookup import Matches, Probes, choose_probes
 from semid_index.metrics import normalized
-from semid_index.quantizer import Quantizer, Vectors
-from semid_index.quantizers.tail import Tail
+from semid_index.native import Scanned
+from semid_index.quantizer import Vectors
 from semid_index.records import Metric, Probe, SearchResult, SearchTrace
-from semid_index.rerank import (
-    DecodedVectors,
-    Distances,
-    Executor,
-    FileVectors,
-    MemoryVectors,
-    Positions,
-    ScanData,
-    VectorsByPosition,
-    choose_executor,
-    faiss_threads,
-    faiss_works,
-    search_matches,
-    smallest,
-    stored_in_place,
-)
-from semid_index.store import Store
+from semid_index.rerank import Distances, Positions, faiss_threads, faiss_works, search_matches, smallest
+from semid_index.scan import NativeExecutor
+from semid_index.segments import SearchState, Segment, Snapshot
+from semid_index.vector_lists import MOST, VectorListExecutor, candidates_for
 
-_BLOCK = 1_024  # queries carried through all steps at once; time is looked at in between
+Rows = NDArray[np.int64]
+
+_BLOCK = 1_024  # queries carried through all steps at once, at most; time is looked at in between
+_BLOCK_CANDIDATES = 1 << 24  # candidates that a block of queries may have: 200 MB
+_FIRST_TIMED_BLOCK = 16  # queries, where there is a timeout
+_TIMED_BLOCK_SECONDS = 0.1  # that the blocks after it are to take
 _LEAST_RERANK = 100
 _RERANK_PER_HIT = 4
 _LEAST_BUDGET = 4_096
@@ -62,12 +42,8 @@ _LEAST_MATCHES = 4_096  # the smallest budget
 _MATCHES_POWER = 2 / 3
 _MANY_SHARE = 0.25  # from here on all items are scanned, and those that do not match dropped
 _SCAN_MARGIN = 1.5
+_NEARLY_ALL = 0.75  # from here on what does not match, or was deleted, is passed over during the scan
 _FILTER_SECONDS = 60.0  # that a filter may take in a search without a timeout
-
-
-def default_leaf_size(items: int) -> int:
-    """sqrt(n) items, at least 128: opening a leaf costs a fixed time, and so does scoring one (docs/decisions/0003)."""
-    return int(np.clip(math.sqrt(items), 128, 2_048))
 
 
 def default_budget(items: int) -> int:
@@ -89,121 +65,6 @@ def default_rerank(k: int, metric: Metric = "l2") -> int:
     Inner products grow with the length of a vector, and so does the error of a scan by codes.
     """
     return max(_LEAST_RERANK, _RERANK_PER_HIT * k) * (4 if metric == "ip" else 1)
-
-
-class SearchState:
-    """What searching needs in memory, read from the store when first needed. A write makes a new one necessary."""
-
-    def __init__(
-        self, store: Store, quantizer: Quantizer, tail: Tail | None, *, vectors_in: Literal["memory", "file"]
-    ) -> None:
-        self._store, self._quantizer, self._tail, self._vectors_in = store, quantizer, tail, vectors_in
-        self.config = store.config
-        self.layout = store.layout
-        self.codes = store.codes()
-
-    def __len__(self) -> int:
-        return len(self.codes.rows)
-
-    @cached_property
-    def leaves(self) -> Leaves:
-        """The leaves; one with everything, if the codes are not a hierarchy."""
-        if not self._quantizer.hierarchical:
-            return whole_index(len(self), self.layout)
-        return make_leaves(self.codes.sids, self.layout, self.config.leaf_size or default_leaf_size(len(self)))
-
-    @cached_property
-    def scorer(self) -> LeafScorer:
-        """Scores the leaves for a query."""
-        if self._quantizer.codebooks is not None:
-            return additive_scorer(self.leaves, self._quantizer.codebooks, self.codes.sids, self.config.metric)
-        return centroid_scorer(self.leaves, self._decoded.take, self.config.metric)
-
-    @cached_property
-    def vectors(self) -> VectorsByPosition:
-        """Where exact distances come from."""
-        if self.config.vectors == "none":
-            return self._decoded
-        if self._vectors_in == "file":
-            return FileVectors(self._store, self.codes.rows, self.config.metric)
-        return MemoryVectors.load(self._store, self.position_of_row, self.config.metric)
-
-    @cached_property
-    def executor(self) -> Executor:
-        """Scans the leaves."""
-        return choose_executor(
-            ScanData(
-                self.leaves, self.codes, self._quantizer, self.vectors, self.config.metric, self._tail, self._read_tail
-            )
-        )
-
-    @cached_property
-    def ids(self) -> Any:
-        """The ids of all items, an Arrow array."""
-        return self._store.ids()
-
-    @cached_property
-    def position_of_row(self) -> NDArray[np.int64]:
-        """For each row number ever given, the position of its item; -1 if there is none."""
-        rows = self.codes.rows
-        positions = np.full(int(rows.max(initial=-1)) + 1, -1, dtype=np.int64)
-        positions[rows] = np.arange(len(rows))
-        return positions
-
-    def prepare(self) -> SearchState:
-        """Read all that a search needs, while no one writes, so that it belongs together."""
-        _ = self.scorer, self.vectors, self.executor, self.ids
-        return self
-
-    def matches(self, rows: NDArray[np.int64]) -> Matches:
-        """The items with these rows; rows that were added after this state was read are left out."""
-        found = self.position_of_row[rows[rows < len(self.position_of_row)]]
-        allowed = np.zeros(len(self), dtype=bool)
-        allowed[found[found >= 0]] = True
-        return Matches.among(self.leaves, allowed)
-
-    def codes_at(self, positions: Positions) -> NDArray[np.int32]:
-        """The codes at some positions: (m, levels)."""
-        return unpack(
-            self.codes.sids[positions], self.layout, None if self.codes.rest is None else self.codes.rest[positions]
-        )
-
-    def memory(self) -> dict[str, int]:
-        """Bytes held for searching, part by part; only of what was read already."""
-        loaded = vars(self)
-        parts = {
-            "codes": self.codes.rows.nbytes
-            + self.codes.sids.nbytes
-            + (0 if self.codes.rest is None else self.codes.rest.nbytes)
-        }
-        if "vectors" in loaded:
-            parts["vectors"] = self.vectors.nbytes
-        if "executor" in loaded:
-            parts["executor"] = self.executor.nbytes
-        if "ids" in loaded:
-            parts["ids"] = int(self.ids.nbytes)
-        if "scorer" in loaded:
-            parts["leaves"] = (
-                self.leaves.starts.nbytes
-                + self.leaves.lowest.nbytes
-                + self.leaves.bits.nbytes
-                + 2 * self.scorer.words.nbytes
-            )
-        if "position_of_row" in loaded:
-            parts["positions"] = self.position_of_row.nbytes
-        return parts
-
-    @cached_property
-    def _decoded(self) -> DecodedVectors:
-        return DecodedVectors(self._quantizer, self.codes, self.leaves, self.config.dim, self.config.metric)
-
-    def _read_tail(self) -> NDArray[np.uint8]:
-        codes: NDArray[np.uint8] | None = None
-        for places, batch in stored_in_place(self._store, self.position_of_row, "tail"):
-            if codes is None:
-                codes = np.empty((len(self), batch["tail"].shape[1]), dtype=np.uint8)
-            codes[places] = batch["tail"]
-        return np.empty((0, 0), dtype=np.uint8) if codes is None else codes
 
 
 @dataclass(frozen=True)
@@ -240,9 +101,18 @@ class _Clock:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        before = time.perf_counter()
+        before, others = time.perf_counter(), sum(self.seconds.values())
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - before
+        inside = sum(self.seconds.values()) - others  # what was counted meanwhile as a step of its own
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - before - inside
+
+    def split(self, name: str, **parts: float) -> None:
+        """Book parts of a step, given in seconds of all threads together, as steps of their own."""
+        whole = self.seconds[name]
+        share = whole / max(whole, sum(parts.values()))
+        for part, seconds in parts.items():
+            self.seconds[part] = self.seconds.get(part, 0.0) + share * seconds
+            self.seconds[name] -= share * seconds
 
     def left(self, otherwise: float) -> float:
         """Seconds until the timeout, or another number of seconds where there is none."""
@@ -256,49 +126,8 @@ class _Clock:
 
 
 @dataclass(frozen=True)
-class _Hits:
-    """What one block of queries found: each (q, k), padded with -1 and inf; and how it went."""
-
-    positions: Positions
-    distances: Distances
-    probes: Probes | None = None
-    reranked: float = 0.0
-
-
-def search(
-    load: Callable[[], SearchState],
-    request: SearchRequest,
-    match: Callable[[float], NDArray[np.int64]] | None = None,
-) -> SearchResult:
-    """The k nearest items for each query.
-
-    ``match``: with a filter, gives the rows that fulfil it, within the number of seconds that it is called with.
-    """
-    clock = _Clock(request.timeout)
-    with clock.step("load"):
-        state = load()
-    matches = None
-    if match is not None:
-        clock.check()
-        with clock.step("filter"):
-            matches = state.matches(match(clock.left(_FILTER_SECONDS)))
-    k = min(int(request.k), len(state) if matches is None else len(matches))
-    plan = _plan(state, request, matches)
-    blocks: list[_Hits] = []
-    with faiss_threads(request.threads):
-        for start in range(0, len(request.queries), _BLOCK) if k else ():
-            clock.check()
-            queries = request.queries[start : start + _BLOCK]
-            if state.config.metric == "cosine":
-                queries = normalized(queries)
-            blocks.append(_search_block(state, request, queries, k, plan, matches, clock))
-    clock.check()
-    return _result(state, request, blocks, plan, matches, clock)
-
-
-@dataclass(frozen=True)
 class _Plan:
-    """How a search is carried out, and why."""
+    """How a segment is searched, and why."""
 
     way: Literal["nothing", "exact", "matches", "scan"]
     """``matches``: exact distances to the matches of the best leaves. ``scan``: let the executor scan the best leaves,
@@ -308,28 +137,124 @@ class _Plan:
     text: str
 
 
-def _plan(state: SearchState, request: SearchRequest, matches: Matches | None) -> _Plan:
-    if matches is not None:
-        return _filtered_plan(state, request, matches)
-    items, leaves = len(state), len(state.leaves)
+@dataclass(frozen=True)
+class _Part:
+    """A segment, and what of it a search looks at."""
+
+    state: SearchState
+    start: int
+    """What numbers its positions through all segments."""
+    matches: Matches | None
+    """The items that can be hits; None for all."""
+    plan: _Plan
+
+    def __len__(self) -> int:
+        return len(self.state) if self.matches is None else len(self.matches)
+
+
+@dataclass(frozen=True)
+class _Hits:
+    """What one block of queries found in a part, or in all: each (q, k), padded with -1 and inf; and how it went."""
+
+    positions: Positions
+    distances: Distances
+    probed: NDArray[np.int64] | int
+    """(q,) leaves opened."""
+    candidates: NDArray[np.int64] | int
+    """(q,) items looked at."""
+    reranked: float
+    shown: Callable[[], tuple[Probe, ...]] = tuple
+    """The leaves opened for the first query, best first."""
+
+
+def search(
+    load: Callable[[Callable[[], Rows | None]], tuple[Snapshot, Rows | None]],
+    request: SearchRequest,
+    match: Callable[[float], Rows] | None = None,
+) -> SearchResult:
+    """The k nearest items for each query.
+
+    ``load``: gives a snapshot, and what a function that it is given returns at the same moment. ``match``: with a
+    filter, gives the rows that fulfil it, within the number of seconds that it is called with.
+    """
+    clock = _Clock(request.timeout)
+
+    def matching() -> Rows | None:
+        if match is None:
+            return None
+        clock.check()
+        with clock.step("filter"):
+            return match(clock.left(_FILTER_SECONDS))
+
+    with clock.step("load"):
+        snapshot, rows = load(matching)
+    with clock.step("load" if rows is None else "filter"):
+        parts = _parts(snapshot, request, rows)
+    k = min(int(request.k), sum(map(len, parts)))
+    blocks: list[_Hits] = []
+    with faiss_threads(request.threads):
+        for block in _blocks(request, k, clock) if k else ():
+            queries = request.queries[block]
+            if parts[0].state.config.metric == "cosine":
+                queries = normalized(queries)
+            blocks.append(_search_block(parts, request, queries, k, clock))
+    clock.check()
+    return _result(snapshot, parts, request, blocks, clock, filtered=match is not None)
+
+
+def _blocks(request: SearchRequest, k: int, clock: _Clock) -> Iterator[slice]:
+    """The queries, block by block: few at once if each has many candidates, or if a block must not take long."""
+    most = max(1, min(_BLOCK, _BLOCK_CANDIDATES // max(k, int(request.rerank or _RERANK_PER_HIT * k))))
+    size = most if request.timeout is None else min(most, _FIRST_TIMED_BLOCK)
+    start = 0
+    while start < len(request.queries):
+        clock.check()
+        before = time.perf_counter()
+        yield slice(start, start + size)
+        start += size
+        if request.timeout is not None:
+            took = max(time.perf_counter() - before, 1e-6)
+            size = int(np.clip(size * _TIMED_BLOCK_SECONDS / took, 1, min(most, 4 * size)))
+
+
+def _parts(snapshot: Snapshot, request: SearchRequest, rows: Rows | None) -> list[_Part]:
+    """How each segment is searched. ``rows``: those that fulfil the filter, if there is one."""
+    parts = []
+    for segment, start in zip(snapshot.segments, snapshot.starts.tolist(), strict=True):
+        if rows is None:
+            parts.append(_Part(segment.state, start, segment.live, _plan(segment, request)))
+        else:
+            matches = segment.matches(rows)
+            parts.append(_Part(segment.state, start, matches, _filtered_plan(segment, request, matches)))
+    return parts
+
+
+def _plan(segment: Segment, request: SearchRequest) -> _Plan:
+    state, items = segment.state, len(segment)
     if not items:
         return _Plan("nothing", 0, "no item can be a hit")
     if request.exact:
         return _Plan("exact", items, "distances to all items, because exact=True")
-    return _Plan("scan", default_budget(items), f"probe the best of {leaves:,} leaves")
+    if state.few:
+        return _Plan("exact", items, "distances to all, because they are few")
+    text = f"probe the best of {len(state.leaves):,} leaves"
+    if segment.live is None:
+        return _Plan("scan", default_budget(items), text)
+    text += f", passing over {len(state) - items:,} deleted items"
+    return _Plan("matches" if state.executor.exact else "scan", default_budget(items), text)
 
 
-def _filtered_plan(state: SearchState, request: SearchRequest, matches: Matches) -> _Plan:
+def _filtered_plan(segment: Segment, request: SearchRequest, matches: Matches) -> _Plan:
     """Few matches are compared one and all; many are found by a search as without a filter; others leaf by leaf."""
-    found, items, leaves = len(matches), len(state), len(state.leaves)
-    budget = filtered_budget(found, items)
+    state, found, items = segment.state, len(matches), len(segment)
+    leaves, budget = len(state.leaves), filtered_budget(found, items)
     share = f"{found:,} of {items:,} items match"
     if not found:
         return _Plan("nothing", 0, "no item can be a hit: none matches the filter")
     if request.exact:
         return _Plan("exact", found, f"{share}: distances to all of them, because exact=True")
     few = _Plan("exact", found, f"{share}: distances to all of them, because they are few")
-    if found <= max(_LEAST_MATCHES, _FEW_BUDGETS * request.k):
+    if state.few or found <= max(_LEAST_MATCHES, _FEW_BUDGETS * request.k):
         return few
     if found >= _MANY_SHARE * items and not state.executor.exact:
         text = f"{share}: scan the best of {leaves:,} leaves and drop what does not match, because many do"
@@ -344,20 +269,35 @@ def _filtered_plan(state: SearchState, request: SearchRequest, matches: Matches)
     return _Plan("matches", budget, text)
 
 
-def _search_block(
-    state: SearchState,
-    request: SearchRequest,
-    queries: Vectors,
-    k: int,
-    plan: _Plan,
-    matches: Matches | None,
-    clock: _Clock,
-) -> _Hits:
+def _search_block(parts: list[_Part], request: SearchRequest, queries: Vectors, k: int, clock: _Clock) -> _Hits:
+    """The k nearest items of all parts."""
+    found = [_search_part(part, request, queries, min(k, len(part)), clock) for part in parts if len(part)]
+    if len(found) == 1:
+        return found[0]
+    with clock.step("merge"):
+        positions = np.concatenate([hits.positions for hits in found], axis=1)
+        distances = np.concatenate([hits.distances for hits in found], axis=1)
+        positions, distances = smallest(positions, distances, k)
+    return _Hits(
+        positions,
+        distances,
+        sum(hits.probed for hits in found),
+        sum(hits.candidates for hits in found),
+        sum(hits.reranked for hits in found),
+        lambda: tuple(sorted((probe for hits in found for probe in hits.shown()), key=lambda probe: probe.score)),
+    )
+
+
+def _search_part(part: _Part, request: SearchRequest, queries: Vectors, k: int, clock: _Clock) -> _Hits:
+    """The k nearest items of a part, numbered through all of them."""
+    state, matches, plan = part.state, part.matches, part.plan
     if plan.way == "exact":
-        allowed = None if matches is None else matches.positions
         with clock.step("rerank"):
-            positions, distances = state.vectors.nearest(queries, k, allowed)
-        return _Hits(positions, distances, reranked=float(plan.budget))
+            allowed = None if matches is None else matches.positions
+            positions, distances = state.vectors.nearest(queries, k, allowed, between=clock.check)
+        return _Hits(positions + part.start, distances, 0, plan.budget, plan.budget)
+    if plan.way == "scan" and isinstance(state.executor, NativeExecutor) and len(part) >= _NEARLY_ALL * len(state):
+        return _search_natively(part, state.executor, request, queries, k, clock)
     with clock.step("lookup"):
         probes = choose_probes(
             state.scorer,
@@ -371,37 +311,95 @@ def _search_block(
     if plan.way == "matches" and matches is not None:
         with clock.step("rerank"):
             positions, distances = search_matches(state.vectors, queries, matches, probes, k)
-        return _Hits(positions, distances, probes, float(probes.candidates.mean()))
-    rerank = min(max(int(request.rerank or default_rerank(k, state.config.metric)), k), int(probes.candidates.max()))
+        reranked = float(probes.candidates.mean())
+    else:
+        positions, distances, reranked = _scan(part, request, queries, probes, k, clock)
+    return _Hits(
+        np.where(positions >= 0, positions + part.start, -1),
+        distances,
+        probes.counts,
+        probes.candidates,
+        reranked,
+        _shown_probes(state, queries[0], probes) if request.single else tuple,
+    )
+
+
+def _search_natively(
+    part: _Part, executor: NativeExecutor, request: SearchRequest, queries: Vectors, k: int, clock: _Clock
+) -> _Hits:
+    """The k nearest items of a part: leaves chosen, scanned and re-ranked in one call."""
+    rerank = max(int(request.rerank or default_rerank(k, part.state.config.metric)), k)
+    with clock.step("lookup"):
+        found = executor.search_leaves(
+            queries,
+            k,
+            rerank=rerank,
+            budget=part.plan.budget,
+            probes=request.probes,
+            matches=part.matches,
+            shown=_SHOWN_PROBES if request.single else 0,
+            threads=request.threads or os.cpu_count() or 1,
+        )
+    clock.split("lookup", scan=found.seconds[1], rerank=found.seconds[2])
+    return _Hits(
+        np.where(found.positions >= 0, found.positions + part.start, -1),
+        found.distances,
+        found.opened,
+        found.candidates,
+        float(min(rerank, found.candidates.max())),
+        _native_probes(part.state, executor, queries[0], found) if request.single else tuple,
+    )
+
+
+def _native_probes(
+    state: SearchState, executor: NativeExecutor, query: Vectors, found: Scanned
+) -> Callable[[], tuple[Probe, ...]]:
+    chosen = found.leaves[0][found.leaves[0] >= 0]
+    return _written(state, chosen, executor.leaf_distances(query, found.scores[0, : len(chosen)], state.config.metric))
+
+
+def _scan(
+    part: _Part, request: SearchRequest, queries: Vectors, probes: Probes, k: int, clock: _Clock
+) -> tuple[Positions, Distances, float]:
+    """Let the executor scan what was probed, and re-rank; also how many are re-ranked for a query."""
+    state, matches = part.state, part.matches
+    rerank = min(max(int(request.rerank or _default_rerank(state, k)), k), int(probes.candidates.max()))
     if matches is not None:
-        return _scan_and_check(state, queries, probes, matches, k, rerank, clock)
+        return *_scan_and_check(state, queries, probes, matches, k, rerank, clock), float(rerank)
     with clock.step("scan"):
         distances, positions = state.executor.search(queries, probes, k if state.executor.exact else rerank)
     if state.executor.exact:
-        return _Hits(positions, distances, probes, float(probes.candidates.mean()))
+        return positions, distances, float(probes.candidates.mean())
     with clock.step("rerank"):
         distances = state.vectors.distances(queries, positions)
         positions, distances = smallest(positions, distances, k)
-    return _Hits(positions, distances, probes, float(rerank))
+    return positions, distances, float(rerank)
+
+
+def _default_rerank(state: SearchState, k: int) -> int:
+    if isinstance(state.executor, VectorListExecutor):  # which scans vectors, and not codes
+        return candidates_for(k, state.executor.precision)
+    return default_rerank(k, state.config.metric)
 
 
 def _scan_and_check(
     state: SearchState, queries: Vectors, probes: Probes, matches: Matches, k: int, rerank: int, clock: _Clock
-) -> _Hits:
+) -> tuple[Positions, Distances]:
     """Scan for more than enough, and re-rank what matches; where that was too little, look at the matches alone."""
     with clock.step("scan"):
         opened = np.where(probes.leaves >= 0, state.leaves.sizes[probes.leaves], 0).sum(axis=1)
-        wanted = min(math.ceil(_SCAN_MARGIN * rerank * len(state) / len(matches)), int(opened.max()))
-        scanned = state.executor.search(queries, probes, wanted)[1]
+        enough = min(math.ceil(_SCAN_MARGIN * rerank * len(state) / len(matches)), rerank + len(state) - len(matches))
+        most = MOST if isinstance(state.executor, VectorListExecutor) else enough
+        scanned = state.executor.search(queries, probes, min(enough, int(opened.max()), most))[1]
         kept = _first_allowed(scanned, matches.allowed, rerank)
     with clock.step("rerank"):
         positions, distances = smallest(kept, state.vectors.distances(queries, kept), k)
-        enough = (kept >= 0).sum(axis=1) >= np.minimum(rerank, probes.candidates)
-        if not enough.all():
-            few = np.flatnonzero(~enough)
+        short = (kept >= 0).sum(axis=1) < np.minimum(rerank, probes.candidates)
+        if short.any():
+            few = np.flatnonzero(short)
             again = search_matches(state.vectors, queries[few], matches, probes.of(few), k)
             positions[few], distances[few] = again
-    return _Hits(positions, distances, probes, float(rerank))
+    return positions, distances
 
 
 def _first_allowed(positions: Positions, allowed: NDArray[np.bool_], count: int) -> Positions:
@@ -412,12 +410,13 @@ def _first_allowed(positions: Positions, allowed: NDArray[np.bool_], count: int)
 
 
 def _result(
-    state: SearchState,
+    snapshot: Snapshot,
+    parts: list[_Part],
     request: SearchRequest,
     blocks: list[_Hits],
-    plan: _Plan,
-    matches: Matches | None,
     clock: _Clock,
+    *,
+    filtered: bool,
 ) -> SearchResult:
     queries = len(request.queries)
     if blocks:
@@ -426,48 +425,73 @@ def _result(
     else:
         found, near = np.empty((queries, 0), dtype=np.int64), np.empty((queries, 0), dtype=np.float32)
     hit = found >= 0
-    positions = found[hit]
+    hits = found[hit]
     with clock.step("ids"):
-        ids = state.ids.take(positions)
-        flat_ids = ids.to_numpy(zero_copy_only=False)
-    probes = [block.probes for block in blocks if block.probes is not None]
-    sizes = [len(block.positions) for block in blocks]
+        flat_ids = snapshot.ids_at(hits)
     trace = SearchTrace(
         queries=queries,
         k=int(request.k),
-        leaves=len(state.leaves),
-        probed=_mean([part.counts for part in probes]),
-        candidates=_mean([part.candidates for part in probes])
-        if probes
-        else float(np.average([b.reranked for b in blocks], weights=sizes) if blocks else 0),
-        reranked=float(np.average([block.reranked for block in blocks], weights=sizes)) if blocks else 0.0,
-        matches=None if matches is None else len(matches),
-        distances="exact" if state.vectors.exact else "decoded",
-        executor=_executor_name(state, plan),
+        leaves=sum(len(part.state.leaves) for part in parts),
+        probed=_mean([block.probed for block in blocks], blocks),
+        candidates=_mean([block.candidates for block in blocks], blocks),
+        reranked=_mean([block.reranked for block in blocks], blocks),
+        matches=sum(map(len, parts)) if filtered else None,
+        distances="exact" if parts[0].state.vectors.exact else "decoded",
+        executor=_executor_names(parts),
         seconds=dict(clock.seconds, total=time.perf_counter() - clock.started),
-        probes=_shown_probes(state, request, probes[0]) if request.single and probes else (),
-        plan=plan.text,
+        read_probes=lambda: blocks[0].shown()[:_SHOWN_PROBES] if blocks else (),
+        plan=_plan_text(parts),
+        device=_devices(parts),
     )
     offsets = np.concatenate([[0], np.cumsum(hit.sum(axis=1))])
-    return SearchResult(flat_ids, near[hit], lambda: state.codes_at(positions), offsets, request.single, trace)
+    return SearchResult(flat_ids, near[hit], lambda: snapshot.codes_at(hits), offsets, request.single, trace)
 
 
-def _executor_name(state: SearchState, plan: _Plan) -> str:
+def _plan_text(parts: list[_Part]) -> str:
+    """One sentence about all parts that can have hits, or about the first if there is none."""
+    first, *later = [part for part in parts if len(part)] or parts[:1]
+    others = [f"and in {len(part.state):,} items added later: {part.plan.text}" for part in later]
+    return "; ".join([first.plan.text, *others])
+
+
+def _executor_names(parts: list[_Part]) -> str:
     """What scanned."""
-    if plan.way == "matches":
-        return "faiss-flat" if faiss_works() else "numpy"
-    return state.executor.name if plan.way == "scan" else "brute force"
+    names = []
+    for part in [part for part in parts if len(part)] or parts[:1]:
+        if part.plan.way == "matches":
+            names.append("faiss-flat" if faiss_works() else "numpy")
+        else:
+            names.append(part.state.executor.name if part.plan.way == "scan" else "brute force")
+    return ", ".join(dict.fromkeys(names))
 
 
-def _mean(parts: list[NDArray[np.int64]]) -> float:
-    return float(np.concatenate(parts).mean()) if parts else 0.0
+def _devices(parts: list[_Part]) -> str:
+    """Where it scanned."""
+    scanned = [part.state.executor for part in parts if len(part) and part.plan.way == "scan"]
+    used = [executor.device for executor in scanned if isinstance(executor, VectorListExecutor)]
+    return ", ".join(dict.fromkeys(used)) or "cpu"
 
 
-def _shown_probes(state: SearchState, request: SearchRequest, probes: Probes) -> tuple[Probe, ...]:
-    query = normalized(request.queries)[0] if state.config.metric == "cosine" else request.queries[0]
-    leaves = probes.leaves[0][probes.leaves[0] >= 0][:_SHOWN_PROBES].tolist()
-    scores = state.scorer.distances(query, probes.scores[0, : len(leaves)], state.config.metric)
-    return tuple(
-        Probe(state.leaves.text(leaf), float(score), int(state.leaves.sizes[leaf]))
-        for leaf, score in zip(leaves, scores, strict=True)
+def _mean(values: list[NDArray[np.int64] | float], blocks: list[_Hits]) -> float:
+    """The mean over all queries of what is known of each query of a block, or of the block."""
+    if not blocks:
+        return 0.0
+    weights = [len(block.positions) for block in blocks]
+    means = [float(value.sum()) / len(value) if isinstance(value, np.ndarray) else value for value in values]
+    return float(sum(weight * mean for weight, mean in zip(weights, means, strict=True)) / sum(weights))
+
+
+def _shown_probes(state: SearchState, query: Vectors, probes: Probes) -> Callable[[], tuple[Probe, ...]]:
+    chosen = probes.leaves[0][probes.leaves[0] >= 0][:_SHOWN_PROBES]
+    return _written(state, chosen, state.scorer.distances(query, probes.scores[0, : len(chosen)], state.config.metric))
+
+
+def _written(
+    state: SearchState, chosen: NDArray[np.int64], scores: NDArray[np.float32]
+) -> Callable[[], tuple[Probe, ...]]:
+    """Writes out the leaves that were chosen, when called; holds the leaves until then, and not all else."""
+    leaves = state.leaves
+    return lambda: tuple(
+        Probe(leaves.text(leaf), score, int(leaves.sizes[leaf]))
+        for leaf, score in zip(chosen.tolist(), scores.tolist(), strict=True)
     )

@@ -38,7 +38,7 @@ from semid_index.rerank import (
     candidates_of,
     smallest,
 )
-from semid_index.search import SearchState
+from semid_index.segments import SearchState, Segment, Snapshot
 from semid_index.store import Store
 
 if TYPE_CHECKING:
@@ -177,13 +177,21 @@ _OPEN: WeakValueDictionary[int, SqlSearch] = WeakValueDictionary()
 _numbers = count(1)
 
 
+def by_codes(snapshot: Snapshot, earlier: Snapshot | None) -> Snapshot:
+    """The same items, to be searched by what their codes decode to; ``earlier``: what this made of an earlier one."""
+    made = {state.of(): state for state in (earlier.states if earlier else ()) if isinstance(state, ByCodes)}
+    states = [made[state] if state in made else ByCodes(state) for state in snapshot.states]
+    segments = [Segment(state, part.live) for state, part in zip(states, snapshot.segments, strict=True)]
+    return Snapshot(tuple(segments), snapshot.stamp)
+
+
 class ByCodes(SearchState):
     """The items of another state, searched as if no vectors were stored: by what their codes decode to."""
 
     def __init__(self, state: SearchState) -> None:
         read = {name: value for name, value in vars(state).items() if name not in ("vectors", "executor")}
         vars(self).update(read)
-        self.of = state
+        self.of = ref(state)  # a bare one, for it holds all vectors
 
     @cached_property
     def vectors(self) -> VectorsByPosition:

@@ -6,78 +6,80 @@ their own, so they may come from any thread. Writes take a lock and are one tran
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
+from weakref import WeakValueDictionary
 
 import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
-from semid_index import tables
-from semid_index.codes import CodeLayout, Prefix, pack, pack_rest, prefix_range, unpack
-from semid_index.collisions import Below
+from semid_index import tables, versions
+from semid_index.appending import Appending, rest_of, write_history, write_meta
+from semid_index.arrow import batches, fixed_size_list, fixed_size_matrix, numpy_column
+from semid_index.codes import CodeLayout, Prefix, prefix_range, unpack
+from semid_index.copying import copy_database
+from semid_index.database import (
+    CONNECT_CONFIG,
+    USER_ERRORS,
+    Snapshot,
+    check_is_database,
+    connect,
+    connect_soon,
+    copy_errors_translated,
+    errors_translated,
+    first_line,
+    interrupted_after,
+    log_of,
+    make_room,
+    remove_database,
+    run_over,
+    sync_folder,
+    wait_until_alone,
+)
 from semid_index.errors import (
     RESTORE,
+    ConflictError,
     CorruptIndexError,
-    DuplicateIdError,
     FilterError,
     IndexClosedError,
-    IndexExistsError,
-    IndexFileError,
     IndexLockedError,
-    IndexNotFoundError,
     InvalidArgumentError,
-    NewerFormatError,
     NotAnIndexError,
     ReadOnlyError,
     SearchTimeoutError,
-    SemidError,
     StorageError,
 )
 from semid_index.filters import CheckedFilter
+from semid_index.item_places import ROW_GROUP, ItemPlaces
 from semid_index.macros import IndexShape, create_macros, encodes_greedily
 from semid_index.records import CollisionCounts, IdType, IndexConfig, Uniqueness
+from semid_index.versions import kept_versions, schema_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_DUCKDB_MAGIC = b"DUCK"  # at byte 8 of every DuckDB file
-_CONNECT_CONFIG = {
-    "storage_compatibility_version": "v1.2.0",  # DuckDB 1.5 and 2.x both read such files
-    "autoinstall_known_extensions": "false",  # an index needs none, and must not reach for the network
-}
 _CODEBOOK_NAME = re.compile(r"codebook_(\d+)")
 _READ_BATCH = 65_536
-_ROW_GROUP = 122_880  # rows that DuckDB keeps and compresses together
-_INTERRUPT_EVERY = 0.05  # seconds between two attempts to stop a statement that ran out of time
+_JOINS_PER_MAP = 16  # searches with a filter, since the last write, that are worth a map of the table items
+_ATTEMPTS = 8  # at a write that conflicts with somebody else's
+_FIRST_WAIT = 0.01  # seconds before the second attempt; each further one waits twice as long
+_MOST_MOVED = 1_000  # items that are looked up by id where the map is wrong, before it is given up
 _LEAST_MEMORY = 512 << 20  # bytes that DuckDB may hold while it writes or reads vectors
-# DuckDB's errors about values and expressions, as against those about the file or the machine
-_USER_ERRORS = (duckdb.DataError, duckdb.NotSupportedError, duckdb.ProgrammingError)
-
+_KEPT_MEMORY = 32 << 20  # bytes that it may go on holding afterwards
+_T = TypeVar("_T")
 _numbers = count(1)  # for names that no other connection of the process uses
-
-
-@dataclass(frozen=True)
-class ItemBatch:
-    """Encoded items on their way into the store; every array has one entry per item."""
-
-    rows: NDArray[np.int64]
-    ids: pa.Array
-    sids: NDArray[np.int64]
-    rest: NDArray[np.integer] | None
-    norms: NDArray[np.float32]
-    """Squared length of the decoded vector."""
-    vectors: Mapping[str, NDArray[Any]]
-    """Columns of ``semid_vectors``: ``v`` (n, dim), ``scale`` (n,), ``tail`` (n, bytes), as far as there are any."""
-    metadata: pa.Table | None
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,18 @@ class StoredCodes:
     rows: NDArray[np.int64]
     sids: NDArray[np.int64]
     rest: NDArray[np.integer] | None
+
+
+class Stamp(NamedTuple):
+    """What tells the items of one moment from those of any other.
+
+    Codes change with the version, what is added or gets another vector gets a new row, and what is deleted is missing
+    from the count.
+    """
+
+    version: int
+    next_row: int
+    items: int
 
 
 @dataclass(frozen=True)
@@ -99,13 +113,45 @@ class VectorColumn:
     """Makes fixed-size lists of float32 of them, as Arrow columns; None where the first one is that already."""
 
 
+class _Writers:
+    """What all stores of one file in this process have in common: they write one after the other, and know of it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.begun = 0
+        """As ``writes``, but counted before the changes can be seen."""
+        self.writes = 0
+
+
+_writers: WeakValueDictionary[str, _Writers] = WeakValueDictionary()
+_writers_lock = threading.Lock()
+
+
+def _writers_of(path: Path | None) -> _Writers:
+    """The writers of a file; those of a database in memory have it for themselves."""
+    if path is None:
+        return _Writers()
+    name = os.path.realpath(path)
+    with _writers_lock:
+        writers = _writers.get(name)
+        if writers is None:
+            _writers[name] = writers = _Writers()
+        return writers
+
+
 class Store:
     """One open index file."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, path: Path | None, *, read_only: bool) -> None:
         self._connection: duckdb.DuckDBPyConnection | None = connection
-        self._write_lock = threading.RLock()
+        self._writers = _writers_of(path)
+        self._write_lock = self._writers.lock
+        self._file_lock = threading.RLock()  # held while another file takes the place of this one
+        self._moments = threading.local()
         self._known_code_columns: dict[str, str] = {}
+        self._item_places: ItemPlaces | None = None
+        self._joins = _JOINS_PER_MAP  # the first search with a filter reads the map, as a search reads all it needs
+        self._old_version: int | None = None
         self.path = path
         self.read_only = read_only
 
@@ -116,45 +162,60 @@ class Store:
         """A new, untrained index; in memory if ``path`` is None."""
         file = None if path is None else Path(path)
         if file is not None:
-            _make_room(file, overwrite=overwrite)
-        store = cls(_connect(file, read_only=False), file, read_only=False)
+            make_room(file, overwrite=overwrite)
+        store = cls(connect(file, read_only=False), file, read_only=False)
         try:
             with store.writing() as cursor:
                 tables.migrate(cursor.execute, found=0)
-                settings = {"config": asdict(config), "next_row": 0, "collisions": None}
-                _write_meta(cursor, format_version=tables.FORMAT_VERSION, **settings)
+                settings = {"config": asdict(config), "next_row": 0, "collisions": None, "version": 1}
+                write_meta(cursor, format_version=tables.FORMAT_VERSION, **settings)
         except BaseException:
             store.close()
             if file is not None:
-                _remove(file)
+                remove_database(file)
             raise
         return store
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, read_only: bool = False) -> Self:
-        """The index in an existing file, brought to today's format if it is older."""
+    def open(cls, path: str | os.PathLike[str], *, read_only: bool = False, version: int | None = None) -> Self:
+        """The index in an existing file, brought to today's format if it is older.
+
+        With an older ``version`` of the IDs, that is what is read, and nothing can be written.
+        """
         file = Path(path)
-        _check_is_database(file)
-        store = cls(_connect(file, read_only=read_only), file, read_only=read_only)
+        check_is_database(file)
+        store = cls(connect(file, read_only=read_only), file, read_only=read_only)
         try:
             found = store._format_version()
             tables.check_format(found)
             if found < tables.FORMAT_VERSION and not read_only:
                 with store.writing() as cursor:
                     tables.migrate(cursor.execute, found)
-                    _write_meta(cursor, format_version=tables.FORMAT_VERSION)
+                    write_meta(cursor, format_version=tables.FORMAT_VERSION)
                     if store.is_trained:
                         _create_macros(cursor, store.config, store.layout, hierarchical=store.hierarchical)
+            if version is not None and version != store.version:
+                store._use_version(version)
         except BaseException:
             store.close()
             raise
         return store
 
+    def _use_version(self, version: int) -> None:
+        """Read an older version of the IDs from now on."""
+        if version not in (kept := kept_versions(self.cursor().execute)):
+            known = "".join(f"{number}, " for number in kept)
+            raise InvalidArgumentError(
+                f"{self.path} has no version {version}. It has {known}and {self.version}, which is the present one."
+            )
+        self.read_only, self._old_version = True, version
+
     def close(self) -> None:
         """Release the file. Closing twice is allowed."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
+        with self._file_lock:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.close()
 
     @property
     def closed(self) -> bool:
@@ -163,28 +224,88 @@ class Store:
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
         """A connection of one's own to the same database, for one thread."""
-        if self._connection is None:
-            raise IndexClosedError("The index is closed. Open it again with semid_index.open(path).")
-        return self._connection.cursor()
+        with self._file_lock:
+            if self._connection is None:
+                raise IndexClosedError("The index is closed. Open it again with semid_index.open(path).")
+            cursor = self._connection.cursor()
+        if self._old_version is not None:
+            cursor.execute(f"SET search_path = '{schema_of(self._old_version)},main'")
+        return cursor
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Let all that this thread reads here be of one moment, whatever others write meanwhile."""
+        if self._reader_of_thread() is not None:
+            yield
+            return
+        cursor = self.cursor()
+        self._moments.writes = self.writes
+        try:
+            cursor.execute("BEGIN")
+            self._moments.cursor = cursor
+            yield
+        finally:
+            self._moments.cursor = None
+            with suppress(duckdb.Error):  # whatever went wrong before ended the transaction, or the index was closed
+                cursor.execute("ROLLBACK")
+            cursor.close()
+
+    def _reader_of_thread(self) -> duckdb.DuckDBPyConnection | None:
+        return getattr(self._moments, "cursor", None)
+
+    def _reader(self) -> duckdb.DuckDBPyConnection:
+        """What to read with: the connection of this thread's moment, or one for this read alone."""
+        return self._reader_of_thread() or self.cursor()
 
     # -- writing ------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_old_version(self) -> bool:
+        """Whether an older version of the IDs is read."""
+        return self._old_version is not None
+
+    def check_writable(self) -> None:
+        """Refuse to write to an index that is open for reading only."""
+        if self._old_version is not None:
+            raise ReadOnlyError(
+                f"This is version {self._old_version} of the IDs of {self.path}, which stays as it is. Open the file "
+                "without version= to change the index."
+            )
+        if self.read_only:
+            raise ReadOnlyError(f"{self.path} is open for reading only. Open it without read_only=True to change it.")
+
+    def retried(self, work: Callable[[], _T]) -> _T:
+        """What ``work`` returns. It is done again if somebody else in this process wrote the same rows meanwhile.
+
+        Stores of one file wait for each other; what conflicts is written through other connections, such as those of
+        an engine. Raises :class:`ConflictError` after some attempts.
+        """
+        for attempt in range(_ATTEMPTS - 1):
+            try:
+                return work()
+            except ConflictError:
+                time.sleep(_FIRST_WAIT * 2**attempt)
+        return work()
 
     @contextmanager
     def writing(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """One transaction: all of what is executed inside is kept, or nothing."""
-        if self.read_only:
-            raise ReadOnlyError(f"{self.path} is open for reading only. Open it without read_only=True to change it.")
-        with self._write_lock, _errors_translated(self.path):
+        self.check_writable()
+        with self._write_lock, errors_translated(self.path):
             cursor = self.cursor()
             cursor.execute("BEGIN")
             try:
                 yield cursor
+                self._writers.begun += 1
                 cursor.execute("COMMIT")
             except BaseException:
                 with suppress(duckdb.Error):  # COMMIT may have ended the transaction already
                     cursor.execute("ROLLBACK")
                 raise
             finally:
+                self._writers.writes += 1
+                self._writers.begun = self._writers.writes
+                self._joins = 0
                 cursor.close()
 
     @contextmanager
@@ -194,7 +315,7 @@ class Store:
         Settings hold for the whole database, so only one thread at a time may change them.
         """
         if self.path is not None:
-            settings["memory_limit"] = f"{max(_LEAST_MEMORY, 16 * _ROW_GROUP * self.config.dim) >> 20}MiB"
+            settings["memory_limit"] = f"{max(_LEAST_MEMORY, 16 * ROW_GROUP * self.config.dim) >> 20}MiB"
         with self._write_lock:
             cursor = self.cursor()
             before = {name: cursor.execute("SELECT current_setting(?)", [name]).fetchall()[0][0] for name in settings}
@@ -207,6 +328,30 @@ class Store:
                     for name, value in before.items():
                         cursor.execute(f"SET {name} = '{value}'")
 
+    @contextmanager
+    def _reading_settings(self) -> Iterator[None]:
+        """The memory limit of :meth:`_settings`, unless somebody writes: then theirs holds, and nobody waits."""
+        if not self._write_lock.acquire(blocking=False):
+            yield
+            return
+        try:
+            with self._settings():
+                try:
+                    yield
+                finally:
+                    self._let_go_of_blocks()
+        finally:
+            self._write_lock.release()
+
+    def _let_go_of_blocks(self) -> None:
+        """Have DuckDB give back most of the file's blocks that it holds, which nobody is going to read soon.
+
+        Otherwise all stored vectors would be in memory twice. The limit is put back where :meth:`_settings` ends.
+        """
+        if self.path is not None:
+            with suppress(duckdb.Error), self.cursor() as cursor:
+                cursor.execute(f"SET memory_limit = '{_KEPT_MEMORY >> 20}MiB'")
+
     def save_training(
         self,
         config: IndexConfig,
@@ -217,33 +362,42 @@ class Store:
         hierarchical: bool,
     ) -> None:
         """What training learned, and empty tables for the items."""
-        codebooks = {name: array for name, array in arrays.items() if _CODEBOOK_NAME.fullmatch(name)}
         with self.writing() as cursor:
-            _write_meta(
-                cursor,
-                config=asdict(config),
-                codebook_sizes=list(layout.codebook_sizes),
-                hierarchical=hierarchical,
-                train_report=report,
-            )
-            if codebooks:
-                tables.create_codebook_table(cursor.execute, config.dim)
-            for name, codebook in codebooks.items():
-                _insert_codebook(cursor, int(name.removeprefix("codebook_")), codebook)
-            for name, array in arrays.items():
-                if name not in codebooks:
-                    plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-                    values = [name, plain.dtype.str, list(array.shape), plain.tobytes()]
-                    cursor.execute("INSERT INTO semid_array VALUES (?, ?, ?, ?)", values)
-            if codebooks and hierarchical:
-                tables.create_bucket_table(cursor.execute)
+            _write_training(cursor, config, report, layout, arrays, hierarchical=hierarchical)
             _create_item_tables(cursor, config, layout, "int", hierarchical=hierarchical)
             _create_macros(cursor, config, layout, hierarchical=hierarchical)
 
     @contextmanager
-    def appending(self, id_type: IdType, *, compress: bool = True) -> Iterator[Appending]:
+    def new_version(self, report: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Iterator[Appending]:
+        """Keep the present version of the IDs as an older one, and take the codes of a new one, in one transaction.
+
+        All items are to be given to :meth:`Appending.add_codes`.
+        """
+        config, layout, hierarchical, version = self.config, self.layout, self.hierarchical, self.version
+        with self._settings(), self.writing() as cursor:
+            versions.keep_version(cursor.execute, version, layout, hierarchical=hierarchical)
+            tables.clear_training(cursor.execute)
+            _write_training(cursor, config, report, layout, arrays, hierarchical=hierarchical)
+            tables.create_code_table(cursor.execute, layout, self.id_type or "int")
+            query = tables.semantic_ids_query(layout, hierarchical=hierarchical, version=version + 1)
+            cursor.execute(f"CREATE OR REPLACE VIEW semantic_ids AS {query}")
+            tables.create_map_view(cursor.execute, kept_versions(cursor.execute))
+            write_meta(cursor, version=version + 1, collisions=None)
+            appending = Appending(cursor, layout, next_row=self.next_row, replacing=False)
+            yield appending
+            appending.finish()
+            _create_macros(cursor, config, layout, hierarchical=hierarchical)
+
+    def drop_version(self, version: int) -> None:
+        """Remove an older version of the IDs."""
+        with self.writing() as cursor:
+            versions.drop_version(cursor.execute, version)
+
+    @contextmanager
+    def appending(self, id_type: IdType, *, replacing: bool = False, compress: bool = True) -> Iterator[Appending]:
         """Append items, in batches, in one transaction; they are sorted by sid when it ends.
 
+        ``replacing``: items may take the place of others, which :meth:`Appending.replace` takes out.
         ``compress=False`` stores values as they are: DuckDB's compression makes float32 vectors that use all bits of
         their mantissas 40 % larger, and slower to write (docs/decisions/0005).
         """
@@ -251,13 +405,138 @@ class Store:
             if self.id_type is None:
                 if id_type != "int":  # training made the tables for integers
                     _create_item_tables(cursor, self.config, self.layout, id_type, hierarchical=self.hierarchical)
-                _write_meta(cursor, id_type=id_type)
-            appending = Appending(cursor, self.layout)
+                write_meta(cursor, id_type=id_type)
+            appending = Appending(cursor, self.layout, next_row=self.next_row, replacing=replacing)
             yield appending
             appending.finish()
-            _write_meta(cursor, next_row=appending.next_row)
+            write_meta(cursor, next_row=appending.next_row)
+
+    def delete(self, rows: NDArray[np.int64]) -> int:
+        """Delete the items with these rows, and keep their IDs in the history; returns how many there were."""
+        import pyarrow as pa
+
+        with self.writing() as cursor:
+            wanted = pa.table({"row": rows})
+            run_over(
+                cursor,
+                wanted,
+                "CREATE OR REPLACE TEMP TABLE semid_deleted AS FROM semid_codes SEMI JOIN batch USING (row)",
+            )
+            write_history(cursor, self._id_order, "semid_deleted")
+            for table, key in (("semid_vectors", "row"), ("items", "id"), ("semid_codes", "row")):
+                if table != "semid_vectors" or self._has_table(table):
+                    cursor.execute(f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM semid_deleted)")
+            versions.delete_rows(cursor.execute, "SELECT row FROM semid_deleted")
+            deleted = cursor.execute("SELECT count(*) FROM semid_deleted").fetchall()[0][0]
+            cursor.execute("DROP TABLE semid_deleted")
+        return int(deleted)
+
+    # -- copies -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """No one writes through this store meanwhile."""
+        with self._write_lock:
+            yield
+
+    def write_copy(self, part: Path, target: Path, *, compress: bool) -> None:
+        """Write all that is in the database, of one moment, into the new file ``part``, which is to become ``target``.
+
+        Items are sorted by sid, and nothing is left of what was deleted. ``compress``: see :meth:`appending`; here it
+        is about vectors alone.
+        """
+        name = f"semid_copy_{next(_numbers)}"
+        place = "'" + str(part.absolute()).replace("'", "''") + "'"
+        version = CONNECT_CONFIG["storage_compatibility_version"]
+        with copy_errors_translated(target), self._settings(force_compression="auto"):
+            cursor = self.cursor()
+            try:
+                source = str(cursor.execute("SELECT current_database()").fetchall()[0][0])
+                cursor.execute(f"ATTACH {place} AS {name} (READ_WRITE, STORAGE_VERSION '{version}')")
+                try:
+                    cursor.execute("BEGIN")
+                    copy_database(cursor.execute, source, name, plain=() if compress else ("semid_vectors",))
+                    cursor.execute("SET force_compression = 'auto'")  # for what is left to be written
+                    cursor.execute("COMMIT")
+                    cursor.execute(f"CHECKPOINT {name}")
+                finally:
+                    with suppress(duckdb.Error):  # COMMIT may have ended the transaction
+                        cursor.execute("ROLLBACK")
+                    cursor.execute(f"USE {tables.quoted(source)}")
+                    cursor.execute(f"DETACH {name}")
+            finally:
+                cursor.close()
+
+    def checkpoint(self) -> tuple[int, ...]:
+        """Bring all that was written into the file itself; returns what would tell that something was written since."""
+        with errors_translated(self.path), self._file_lock:
+            try:
+                self.cursor().execute("CHECKPOINT")
+            except duckdb.TransactionException as error:
+                raise IndexLockedError(
+                    f"{self.path} is being written to elsewhere in this process, by another index that is open on it "
+                    f"or a connection of engine(). Try again when that is done. ({first_line(error)})"
+                ) from error
+            return self._file_state()
+
+    def replace_file(self, part: Path, state: tuple[int, ...], release: Callable[[], None]) -> bool:
+        """Let another file take the place of this one, and open it; False if this one is not in the given state.
+
+        ``release`` lets go of all other connections. Reads that begin meanwhile wait; those that go on longer than some
+        seconds, and connections that are held elsewhere, are the reason of an :class:`IndexLockedError`, and then all
+        is as before.
+        """
+        path = self.path
+        if path is None:
+            raise InvalidArgumentError("An index in memory has no file.")
+        with self._write_lock, self._file_lock:
+            if self._connection is None:
+                raise IndexClosedError("The index was closed meanwhile.")
+            wait_until_alone(self._connection, path, release)
+            if self._file_state() != state:
+                return False
+            connection, self._connection = self._connection, None
+            connection.close()
+            reader = connect_soon(path)  # so that no other process opens a file that is about to go
+            try:
+                if self._file_state() != state:
+                    return False
+                part.replace(path)
+                sync_folder(path)
+            finally:
+                reader.close()
+                self._connection = connect(path, read_only=False)
+                self._writers.writes += 1
+                self._writers.begun = self._writers.writes
+            return True
+
+    def sort_codes(self) -> None:
+        """Bring the items into the order of their sids again."""
+        if not self.is_trained:
+            return
+        with self.writing() as cursor:
+            order = f"{self._id_order}, row"
+            cursor.execute(f"CREATE OR REPLACE TEMP TABLE semid_sorted AS FROM semid_codes ORDER BY {order}")
+            cursor.execute("DELETE FROM semid_codes")
+            cursor.execute("INSERT INTO semid_codes FROM semid_sorted")
+            cursor.execute("DROP TABLE semid_sorted")
+
+    def refresh_macros(self) -> None:
+        """Write the macros anew, unless they are those of this version already."""
+        if self.is_trained and self.meta("macros") != self.macros_fingerprint():
+            with self.writing() as cursor:
+                _create_macros(cursor, self.config, self.layout, hierarchical=self.hierarchical)
+
+    def _file_state(self) -> tuple[int, ...]:
+        parts = [] if self.path is None else [self.path, log_of(self.path)]
+        found = [part.stat() for part in parts if part.exists()]
+        return tuple(value for stat in found if stat.st_size for value in (stat.st_mtime_ns, stat.st_size))
 
     # -- settings -----------------------------------------------------------------------------------------------------
+
+    def macros_fingerprint(self) -> str:
+        """The SHA-256 of the statements with which this version writes the macros of this index."""
+        return _macros_fingerprint(_macros(self.cursor(), self.config, self.layout, hierarchical=self.hierarchical))
 
     def meta(self, key: str) -> Any:
         """One setting; None if it was never written."""
@@ -301,7 +580,51 @@ class Store:
         """The number that the next new item gets."""
         return int(self.meta("next_row"))
 
+    @property
+    def writes(self) -> int:
+        """How many transactions have ended, counted after each: those of all stores of this file in this process."""
+        return self._writers.writes
+
+    @property
+    def writes_begun(self) -> int:
+        """The same, counted before any of a transaction can be seen: equal to :attr:`writes` unless one is ending."""
+        return self._writers.begun
+
+    @property
+    def version(self) -> int:
+        """The version of the IDs; each training makes a new one."""
+        return int(self.meta("version") or 1)
+
+    def versions(self) -> dict[int, dict[str, Any]]:
+        """For each version of the IDs how many ``items`` it has, and its settings ``train_report`` and ``trained_at``.
+
+        The present one comes last.
+        """
+        with self.reading():
+            found = {number: schema_of(number) for number in kept_versions(self._reader().execute)}
+            return {number: self._version(schema) for number, schema in (found | {self._newest(): "main"}).items()}
+
+    def _newest(self) -> int:
+        found = self._fetch("SELECT value FROM main.semid_meta WHERE key = 'version'")
+        return int(json.loads(found[0][0])) if found else 1
+
+    def _version(self, schema: str) -> dict[str, Any]:
+        wanted = "key IN ('train_report', 'trained_at')"
+        settings = self._fetch(f"SELECT key, value FROM {schema}.semid_meta WHERE {wanted}")
+        items = int(self._fetch(f"SELECT count(*) FROM {schema}.semid_codes")[0][0])
+        return {"items": items, **{key: json.loads(value) for key, value in settings}}
+
     # -- reading ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        """Several reads of one moment."""
+        with errors_translated(self.path):
+            cursor = self.cursor()
+            try:
+                yield Snapshot(cursor, self.path)
+            finally:
+                cursor.close()
 
     def __len__(self) -> int:
         return int(self._fetch("SELECT count(*) FROM semid_codes")[0][0]) if self.is_trained else 0
@@ -325,10 +648,11 @@ class Store:
                 arrays[f"codebook_{level}"] = words[levels == level]
         return arrays
 
-    def codes(self) -> StoredCodes:
-        """The codes of all items. Reads no ids and no vectors."""
-        found = self.arrow(f"SELECT row, {self._id_order} FROM semid_codes ORDER BY {self._id_order}, row")
-        return StoredCodes(found["row"].to_numpy(), found["sid"].to_numpy(), _rest_of(found))
+    def codes(self, rows: range | None = None) -> StoredCodes:
+        """The codes of all items, or of those with some rows. Reads no ids and no vectors."""
+        order = self._id_order
+        found = self.arrow(f"SELECT row, {order} FROM semid_codes{_where_row(rows)} ORDER BY {order}, row")
+        return StoredCodes(found["row"].to_numpy(), found["sid"].to_numpy(), rest_of(found))
 
     def codes_of(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """The codes of some rows, in the order asked for: (m, levels)."""
@@ -339,19 +663,52 @@ class Store:
             f"SELECT {self._id_order} FROM wanted w JOIN semid_codes c ON c.row = w.row ORDER BY w.position",
             wanted=wanted,
         )
-        return unpack(found["sid"].to_numpy(), self.layout, _rest_of(found))
+        return unpack(found["sid"].to_numpy(), self.layout, rest_of(found))
 
-    def ids(self) -> pa.Array:
-        """The id of each item, in the order of :meth:`codes`."""
-        column = self.arrow(f"SELECT id FROM semid_codes ORDER BY {self._id_order}, row")["id"]
+    def ids_and_codes_of(self, rows: NDArray[np.int64]) -> tuple[pa.Array, NDArray[np.int32]]:
+        """The ids and the codes (m, levels) of some rows, in the order asked for."""
+        import pyarrow as pa
+
+        wanted = pa.table({"row": rows, "position": np.arange(len(rows))})
+        found = self.arrow(
+            f"SELECT c.id, {self._id_order} FROM wanted w JOIN semid_codes c ON c.row = w.row ORDER BY w.position",
+            wanted=wanted,
+        )
+        return found["id"].combine_chunks(), unpack(found["sid"].to_numpy(), self.layout, rest_of(found))
+
+    def ids(self, rows: range | None = None) -> pa.Array:
+        """The id of each item, or of those with some rows, in the order of :meth:`codes`."""
+        column = self.arrow(f"SELECT id FROM semid_codes{_where_row(rows)} ORDER BY {self._id_order}, row")["id"]
         return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
 
-    def vector_batches(self, *columns: str) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
+    def rows(self) -> NDArray[np.int64]:
+        """The rows of all items, in no order."""
+        return self.arrow("SELECT row FROM semid_codes")["row"].to_numpy()  # type: ignore[no-any-return]
+
+    def count(self, rows: range) -> int:
+        """How many items have one of these rows."""
+        return int(self._fetch(f"SELECT count(*) FROM semid_codes{_where_row(rows)}")[0][0])
+
+    def stamp(self) -> Stamp:
+        """What tells the items of this moment from those of any other."""
+        found = self._fetch(
+            "SELECT any_value(value) FILTER (key = 'next_row'), any_value(value) FILTER (key = 'version'), "
+            "(SELECT count(*) FROM semid_codes) FROM semid_meta"
+        )
+        next_row, version, items = found[0]
+        return Stamp(int(version or 1), int(next_row), int(items))
+
+    def vector_batches(
+        self, *columns: str, rows: range | None = None
+    ) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
         """The rows and the named columns of ``semid_vectors``, some ten thousand items at a time."""
-        with _errors_translated(self.path), self._settings():
-            relation = self.cursor().sql(f"SELECT row, {', '.join(columns)} FROM semid_vectors")
-            for batch in relation.to_arrow_reader(_READ_BATCH):
-                yield batch.column(0).to_numpy(), {name: _column(batch.column(i)) for i, name in enumerate(columns, 1)}
+        with errors_translated(self.path), self._reading_settings():
+            relation = self._reader().sql(f"SELECT row, {', '.join(columns)} FROM semid_vectors{_where_row(rows)}")
+            for batch in batches(relation, _READ_BATCH):
+                yield (
+                    batch.column(0).to_numpy(),
+                    {name: numpy_column(batch.column(i)) for i, name in enumerate(columns, 1)},
+                )
 
     def vectors_of(self, rows: NDArray[np.int64], *columns: str) -> dict[str, NDArray[Any]]:
         """The named columns of ``semid_vectors`` for some rows, in the order asked for."""
@@ -365,7 +722,7 @@ class Store:
         order = np.argsort(found["row"].to_numpy())
         if len(order) != len(wanted):
             raise CorruptIndexError(f"{len(wanted) - len(order)} stored vectors are missing from {self.path}.")
-        return {name: _column(found[name])[order][inverse] for name in columns}
+        return {name: numpy_column(found[name])[order][inverse] for name in columns}
 
     def existing_ids(self, ids: pa.Array) -> list[Any]:
         """Those of the ids that the index has, at most ten of them."""
@@ -385,10 +742,14 @@ class Store:
         return rows
 
     def largest_id(self) -> int:
-        """The largest integer id; -1 in an empty index."""
+        """The largest integer id that an item has or had; -1 if there was none."""
         # not max(id): DuckDB 2.0 answers that from statistics, which keep what a failed commit wrote
-        found = self._fetch("SELECT id FROM semid_codes ORDER BY id DESC LIMIT 1")
-        return int(found[0][0]) if found else -1
+        found = [
+            int(id)
+            for table in ("semid_codes", "semid_history")
+            for (id,) in self._fetch(f"SELECT id FROM {table} ORDER BY id DESC LIMIT 1")
+        ]
+        return max(found, default=-1)
 
     def filter_columns(self) -> dict[str, str]:
         """What a filter may speak of: name -> SQL over the codes ``c`` joined with ``items i``.
@@ -411,25 +772,69 @@ class Store:
         Raises :class:`SearchTimeoutError` after ``timeout`` seconds.
         """
         used = {name: sql for name, sql in columns.items() if name in condition.columns}
+        try:
+            rows = None
+            if all(name == "id" or sql.startswith("i.") for name, sql in used.items()):
+                rows = self._matching_in_place(condition, columns, timeout)
+            return self._matching_by_join(condition, used, timeout) if rows is None else rows
+        except duckdb.InterruptException as error:
+            raise SearchTimeoutError(
+                f"The filter was not evaluated within {timeout:g} s. Make it simpler, or allow more with timeout=."
+            ) from error
+        except USER_ERRORS as error:
+            raise FilterError(
+                f"The filter does not fit the columns: {first_line(error)}. Compare a column with values of its own "
+                "type, or use CAST."
+            ) from error
+
+    def _matching_by_join(
+        self, condition: CheckedFilter, used: Mapping[str, str], timeout: float | None
+    ) -> NDArray[np.int64]:
+        """The rows of the items that fulfil a filter over any columns."""
         select = ", ".join(["c.semid_row", *(f"{sql} AS {tables.quoted(name)}" for name, sql in used.items())])
         codes = {"semid_row": "row", "id": "id"}
         if any(sql.startswith("c.") for sql in used.values()):
             codes |= self._code_columns()
         source = f"(SELECT {select} FROM {_subquery('semid_codes', codes)} c JOIN items i ON i.id = c.id)"
-        try:
-            found = self.arrow(
-                f"SELECT semid_row FROM {source} AS f WHERE {condition.sql}", params=condition.params, timeout=timeout
-            )
-        except duckdb.InterruptException as error:
-            raise SearchTimeoutError(
-                f"The filter was not evaluated within {timeout:g} s. Make it simpler, or allow more with timeout=."
-            ) from error
-        except _USER_ERRORS as error:
-            raise FilterError(
-                f"The filter does not fit the columns: {_first_line(error)}. Compare a column with values of its own "
-                "type, or use CAST."
-            ) from error
+        query = f"SELECT semid_row FROM {source} AS f WHERE {condition.sql}"
+        found = self.arrow(query, params=condition.params, timeout=timeout)
         return found["semid_row"].to_numpy()  # type: ignore[no-any-return]
+
+    def _matching_in_place(
+        self, condition: CheckedFilter, columns: Collection[str], timeout: float | None
+    ) -> NDArray[np.int64] | None:
+        """The same for a filter over columns of ``items`` alone, without a join; None where the map does not serve.
+
+        The join takes several times as long as a simple filter: it reads the ids of all items.
+        """
+        import pyarrow as pa
+
+        if any(name.lower() == "rowid" for name in columns):  # it hides DuckDB's own
+            return None
+        writes = self.writes if self._reader_of_thread() is None else self._moments.writes
+        if self.writes_begun != writes:  # of what is read here, nobody can tell whether it is from before or after
+            return None
+        known = self._item_places
+        if known is None or known.writes != writes:
+            self._joins += 1
+            if self._joins <= _JOINS_PER_MAP:
+                return None
+            found = self.arrow(
+                "SELECT i.rowid AS place, c.row, c.id FROM items i JOIN semid_codes c ON i.id = c.id", timeout=timeout
+            )
+            if self.writes_begun != writes:
+                return None
+            self._item_places = known = ItemPlaces.read(found, writes)
+        found = self.arrow(
+            f"SELECT rowid AS place, id FROM items WHERE {condition.sql}", params=condition.params, timeout=timeout
+        )
+        rows, moved = known.rows_of(found)
+        if np.count_nonzero(moved) > _MOST_MOVED:
+            self._item_places, self._joins = None, 0
+            return None
+        if moved.any():
+            rows[moved] = self.rows_of_ids(found["id"].filter(pa.array(moved)))
+        return rows[rows >= 0]
 
     def items_under(self, prefix: Prefix) -> pa.Table:
         """The items below a prefix, with their IDs and metadata, in the order of their IDs."""
@@ -494,7 +899,7 @@ class Store:
         deeper = list(tables.code_expressions(self.layout))[self.layout.packed_levels :]
         order = ", ".join(f"s.{name}" for name in ("sid", *deeper, "dup_rank"))
         place = "'" + str(part.absolute()).replace("'", "''") + "'"
-        with _errors_translated(self.path), self._settings(), self._converting(vector) as (cursor, converted):
+        with errors_translated(self.path), self._settings(), self._converting(vector) as (cursor, converted):
             if vector is not None:
                 columns.append(f"{converted} AS vector")
                 source += " JOIN semid_codes c ON c.id = s.id JOIN semid_vectors v ON v.row = c.row"
@@ -505,7 +910,7 @@ class Store:
                 if "Corrupt" in str(error):
                     raise
                 raise StorageError(
-                    f"Writing {target} failed: {_first_line(error)}. Make room on the disk, or use another path."
+                    f"Writing {target} failed: {first_line(error)}. Make room on the disk, or use another path."
                 ) from error
 
     def uniqueness(self) -> Uniqueness:
@@ -518,11 +923,22 @@ class Store:
         """What the collision policy did in all calls of ``add``."""
         return CollisionCounts(**self.meta("collisions") or {})
 
+    def first_level_counts(self) -> NDArray[np.int64]:
+        """How many items have each code of the first level that is in use."""
+        code = tables.code_expressions(self.layout)["c1"]
+        return np.array(self._fetch(f"SELECT count(*) FROM semid_codes GROUP BY {code}"), dtype=np.int64).reshape(-1)
+
+    def repeated_share(self, rows: range) -> float:
+        """Share of the items with these rows that have the ID of another of them, one of each ID left out."""
+        ids = f"SELECT count(*) AS n FROM semid_codes{_where_row(rows)} GROUP BY {self._id_order}"
+        items, different = self._fetch(f"SELECT coalesce(sum(n), 0), count(*) FROM ({ids})")[0]
+        return 1 - different / int(items) if items else 0.0
+
     def file_bytes(self) -> int:
         """The size of the file with its write-ahead log; 0 for an index in memory."""
         if self.path is None:
             return 0
-        return sum(part.stat().st_size for part in (self.path, _wal(self.path)) if part.exists())
+        return sum(part.stat().st_size for part in (self.path, log_of(self.path)) if part.exists())
 
     def column_bytes(self) -> dict[str, int]:
         """Bytes of the file's data blocks, column by column (``table.column``), after a checkpoint."""
@@ -545,16 +961,17 @@ class Store:
 
         After ``timeout`` seconds :class:`duckdb.InterruptException` is raised.
         """
-        with _errors_translated(self.path):
-            cursor = self.cursor()
+        with errors_translated(self.path):
+            cursor = self._reader()
             for name, table in registered.items():
                 cursor.register(name, table)
             try:
-                with _interrupted_after(timeout, cursor):
+                with interrupted_after(timeout, cursor):
                     return cursor.sql(query, params=params or None).to_arrow_table()
             finally:
-                for name in registered:
-                    cursor.unregister(name)
+                with suppress(duckdb.TransactionException):  # the query failed, and its own error is the one to see
+                    for name in registered:
+                        cursor.unregister(name)
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
@@ -581,8 +998,8 @@ class Store:
             cursor.remove_function(function)
 
     def _fetch(self, query: str, params: list[Any] | None = None) -> list[tuple[Any, ...]]:
-        with _errors_translated(self.path):
-            return self.cursor().execute(query, params or []).fetchall()
+        with errors_translated(self.path):
+            return self._reader().execute(query, params or []).fetchall()
 
     def _has_table(self, name: str) -> bool:
         return bool(self._fetch("SELECT 1 FROM duckdb_tables() WHERE table_name = ? AND NOT internal", [name]))
@@ -623,256 +1040,43 @@ class Store:
         return "".join(f", i.{tables.quoted(name)}" for name in names)
 
 
-class Appending:
-    """Collects batches in a staging table; :meth:`finish` moves them to their place, sorted."""
-
-    def __init__(self, cursor: duckdb.DuckDBPyConnection, layout: CodeLayout) -> None:
-        self._cursor = cursor
-        self._layout = layout
-        self._proposed_levels: int | None = None
-        self.next_row = 0
-        cursor.execute(
-            "CREATE OR REPLACE TEMP TABLE semid_staged AS SELECT * EXCLUDE (dup_rank) FROM semid_codes LIMIT 0"
-        )
-
-    def add(self, batch: ItemBatch) -> None:
-        """Stage the codes of some items, and write their vectors and metadata."""
-        import pyarrow as pa
-
-        codes = {"row": batch.rows, "id": batch.ids, "sid": batch.sids}
-        if batch.rest is not None:
-            codes["sid_rest"] = fixed_size_list(batch.rest)
-        codes["bucket"] = (batch.sids >> tables.bucket_shift(self._layout)).astype(np.int32)
-        codes["norm2"] = batch.norms
-        _run_over(self._cursor, pa.table(codes), "INSERT INTO semid_staged BY NAME SELECT * FROM batch")
-        if batch.vectors:
-            stored = {name: fixed_size_list(v) if v.ndim == 2 else pa.array(v) for name, v in batch.vectors.items()}
-            vectors = pa.table({"row": batch.rows, **stored})
-            _run_over(self._cursor, vectors, "INSERT INTO semid_vectors BY NAME SELECT * FROM batch")
-        self._add_metadata(batch)
-        self.next_row = int(batch.rows[-1]) + 1
-
-    def below(self, prefixes: NDArray[np.integer]) -> Below:
-        """Who is below each of some prefixes (m, depth), items that are staged included."""
-        import pyarrow as pa
-
-        depth = prefixes.shape[1]
-        keys = _key_expressions(self._layout, depth)
-        ids = "sid, sid_rest" if self._layout.rest_levels else "sid"
-        wanted = {"prefix": np.arange(len(prefixes)), **_key_columns(prefixes, self._layout)}
-        found = _read_over(
-            self._cursor,
-            pa.table(wanted),
-            f"SELECT prefix, {_next_code(self._layout, depth)} AS code, count(*) AS items "
-            f"FROM (SELECT {ids} FROM semid_codes UNION ALL SELECT {ids} FROM semid_staged) AS c "
-            f"JOIN batch ON {' AND '.join(f'{sql} = batch.{name}' for name, sql in keys.items())} GROUP BY ALL",
-        )
-        return Below(*(found[name].to_numpy().astype(np.int64) for name in Below._fields))
-
-    def propose(self, codes: NDArray[np.int32]) -> None:
-        """Take note of what the quantizer proposes for some items, (n, L), for :meth:`proposed_uniqueness`."""
-        import pyarrow as pa
-
-        batch = pa.table(_key_columns(codes, self._layout))
-        if self._proposed_levels is None:
-            self._proposed_levels = codes.shape[1]
-            _run_over(self._cursor, batch, "CREATE OR REPLACE TEMP TABLE semid_proposed AS FROM batch LIMIT 0")
-        _run_over(self._cursor, batch, "INSERT INTO semid_proposed FROM batch")
-
-    def proposed_uniqueness(self) -> Uniqueness:
-        """What the proposals would add to the IDs in use and to the items alone; the largest group they would make."""
-        if self._proposed_levels is None:
-            return Uniqueness(0, 0, 0)
-        keys = _key_expressions(self._layout, self._proposed_levels)
-        names = ", ".join(f"key_{name}" for name in keys)
-        old = ", ".join(f"{sql} AS key_{name}" for name, sql in keys.items())
-        new = ", ".join(f"{name} AS key_{name}" for name in keys)
-        found = self._cursor.execute(f"""
-            WITH new AS (SELECT {new}, count(*) AS n FROM semid_proposed GROUP BY ALL),
-                 old AS (SELECT {names}, count(*) AS n FROM (SELECT {old} FROM semid_codes AS c) GROUP BY ALL)
-            SELECT count(*) FILTER (old.n IS NULL),
-                   count(*) FILTER (old.n IS NULL AND new.n = 1) - count(*) FILTER (old.n = 1),
-                   max(new.n + coalesce(old.n, 0))
-            FROM new LEFT JOIN old USING ({names})
-            """).fetchall()
-        self._cursor.execute("DROP TABLE semid_proposed")
-        self._proposed_levels = None
-        return Uniqueness(*found[0])
-
-    def save_collisions(self, counts: CollisionCounts) -> None:
-        """What the collision policy did, this time included."""
-        _write_meta(self._cursor, collisions=asdict(counts))
-
-    def finish(self) -> None:
-        """Move the staged codes into ``semid_codes`` in the order of their sids, and number those that share one."""
-        key = ["sid", "sid_rest"] if self._layout.rest_levels else ["sid"]
-        names = ", ".join(key)
-        staged = ", ".join(f"staged.{name}" for name in key)
-        same = " AND ".join(f"old.{name} = staged.{name}" for name in key)
-        self._cursor.execute(f"""
-            INSERT INTO semid_codes BY NAME
-            WITH old AS (SELECT {names}, max(dup_rank) + 1 AS ranks FROM semid_codes GROUP BY {names})
-            SELECT staged.*,
-                   (coalesce(old.ranks, 0) + row_number() OVER (PARTITION BY {staged} ORDER BY staged.row) - 1)::INTEGER
-                   AS dup_rank
-            FROM semid_staged AS staged LEFT JOIN old ON {same}
-            ORDER BY {staged}, staged.row
-            """)
-        tables.add_buckets(self._cursor.execute, self._layout, "semid_staged")
-        self._cursor.execute("DROP TABLE semid_staged")
-
-    def _add_metadata(self, batch: ItemBatch) -> None:
-        import pyarrow as pa
-
-        if batch.metadata is None:
-            _run_over(self._cursor, pa.table({"id": batch.ids}), "INSERT INTO items (id) SELECT id FROM batch")
-            return
-        table = batch.metadata.add_column(0, "id", batch.ids)
-        try:
-            self._fit_columns(table)
-            _run_over(self._cursor, table, "INSERT INTO items BY NAME SELECT * FROM batch")
-        except _USER_ERRORS as error:
-            raise InvalidArgumentError(
-                f"The metadata cannot be stored in the table items: {_first_line(error)}. Give it as another type, or "
-                "leave it out."
-            ) from error
-
-    def _fit_columns(self, table: pa.Table) -> None:
-        """Make ``items`` take the columns of some metadata: add those that are new, check those that are not."""
-        import pyarrow as pa
-
-        known = {name.lower(): sql_type for name, sql_type, *_ in self._cursor.execute("DESCRIBE items").fetchall()}
-        for name, sql_type, *_ in _run_over(self._cursor, table, "DESCRIBE SELECT * FROM batch"):
-            all_missing = pa.types.is_null(table.schema.field(name).type)
-            column = tables.quoted(name)
-            if name.lower() not in known:
-                new_type = "VARCHAR" if all_missing else sql_type
-                self._cursor.execute(f"ALTER TABLE items ADD COLUMN {column} {new_type}")
-            elif sql_type != known[name.lower()] and not all_missing:
-                self._fit_column(table, column, sql_type, known[name.lower()])
-
-    def _fit_column(self, table: pa.Table, column: str, given: str, kept: str) -> None:
-        """Refuse values that would change on their way into a column of another type."""
-        if self._cursor.execute(f"SELECT count({column}) FROM items").fetchall() == [(0,)]:
-            self._cursor.execute(f"ALTER TABLE items ALTER COLUMN {column} TYPE {given}")
-            return
-        changed = f"CAST(TRY_CAST({column} AS {kept}) AS {given}) IS DISTINCT FROM {column}"
-        found = _run_over(self._cursor, table, f"SELECT {column}::VARCHAR FROM batch WHERE {changed} LIMIT 1")
-        if found:
-            raise InvalidArgumentError(
-                f"The metadata column {column} has the type {given}, but in the index it is {kept}, which cannot hold "
-                f"{str(found[0][0])[:80]!r}. Convert the column, or give it another name."
-            )
-
-
-def _key_expressions(layout: CodeLayout, depth: int) -> dict[str, str]:
-    """SQL over the codes ``c`` for the first ``depth`` levels: columns that are equal where those levels are."""
-    if depth <= layout.packed_levels:
-        return {"sid": f"(c.sid >> {layout.shifts[depth - 1]})" if depth else "0"}
-    return {"sid": "c.sid", "rest": f"c.sid_rest[:{depth - layout.packed_levels}]"}
-
-
-def _key_columns(prefixes: NDArray[np.integer], layout: CodeLayout) -> dict[str, Any]:
-    """The same columns for prefixes of an index with this layout, (n, depth)."""
-    import pyarrow as pa
-
-    depth = prefixes.shape[1]
-    if not depth:
-        return {"sid": np.zeros(len(prefixes), dtype=np.int64)}
-    part = CodeLayout(layout.codebook_sizes[:depth])
-    keys: dict[str, Any] = {"sid": pack(prefixes, part)}
-    if part.rest_levels:
-        rest = fixed_size_list(pack_rest(prefixes, part).astype(layout.rest_dtype))
-        keys["rest"] = rest.cast(pa.list_(rest.type.value_type))
-    return keys
-
-
-def _next_code(layout: CodeLayout, depth: int) -> str:
-    """SQL over the codes ``c`` for the code after the first ``depth`` levels; 0 after the last."""
-    if depth == layout.levels:
-        return "0"
-    if depth < layout.packed_levels:
-        return f"(c.sid >> {layout.shifts[depth]}) & {(1 << layout.bits[depth]) - 1}"
-    return f"c.sid_rest[{depth - layout.packed_levels + 1}]"
-
-
 def _subquery(table: str, columns: Mapping[str, str], *, where: str = "true") -> str:
     """Some expressions over one table under names of their own, where no other table's columns can be meant."""
     return f"(SELECT {', '.join(f'{sql} AS {name}' for name, sql in columns.items())} FROM {table} WHERE {where})"
 
 
-def fixed_size_list(matrix: NDArray[Any]) -> pa.Array:
-    """A (n, d) matrix as an Arrow column of fixed-size lists, without copying it."""
-    import pyarrow as pa
-
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(matrix).reshape(-1)), matrix.shape[1])
-
-
-def fixed_size_matrix(column: Any) -> NDArray[Any]:
-    """An Arrow column of fixed-size lists as a (n, d) matrix."""
-    width = column.type.list_size
-    parts = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in getattr(column, "chunks", [column])]
-    if not parts:
-        return np.empty((0, width), dtype=column.type.value_type.to_pandas_dtype())
-    return (parts[0] if len(parts) == 1 else np.concatenate(parts)).reshape(-1, width)
-
-
-def _rest_of(codes: pa.Table) -> NDArray[np.integer] | None:
-    """The levels that sids have no room for, (n, rest_levels); None for IDs that fit."""
-    return fixed_size_matrix(codes["sid_rest"]) if "sid_rest" in codes.column_names else None
-
-
-def _column(column: Any) -> NDArray[Any]:
-    import pyarrow as pa
-
-    return fixed_size_matrix(column) if pa.types.is_fixed_size_list(column.type) else column.to_numpy()
-
-
-def _run_over(cursor: duckdb.DuckDBPyConnection, batch: pa.Table, query: str) -> list[tuple[Any, ...]]:
-    """Run a query that reads the Arrow table under the name ``batch``."""
-    cursor.register("batch", batch)
-    try:
-        return cursor.execute(query).fetchall()
-    finally:
-        with suppress(duckdb.TransactionException):  # the query failed, and its own error is the one to see
-            cursor.unregister("batch")
-
-
-def _read_over(cursor: duckdb.DuckDBPyConnection, batch: pa.Table, query: str) -> pa.Table:
-    """The result of a query that reads the Arrow table under the name ``batch``."""
-    cursor.register("batch", batch)
-    try:
-        return cursor.sql(query).to_arrow_table()
-    finally:
-        cursor.unregister("batch")
-
-
-def _write_meta(cursor: duckdb.DuckDBPyConnection, **values: Any) -> None:
-    for key, value in values.items():
-        cursor.execute("INSERT OR REPLACE INTO semid_meta VALUES (?, ?)", [key, json.dumps(value)])
-
-
-@contextmanager
-def _interrupted_after(seconds: float | None, cursor: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    """Stop what a cursor runs after so many seconds. A thread watches, for DuckDB itself has no time limit."""
-    if seconds is None:
-        yield
-        return
-    done = threading.Event()
-
-    def watch() -> None:
-        wait = seconds
-        while not done.wait(wait):
-            cursor.interrupt()
-            wait = _INTERRUPT_EVERY  # DuckDB forgets an interrupt that comes between two statements
-
-    watcher = threading.Thread(target=watch, name="semid-time-limit", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
+def _write_training(
+    cursor: duckdb.DuckDBPyConnection,
+    config: IndexConfig,
+    report: Mapping[str, Any],
+    layout: CodeLayout,
+    arrays: Mapping[str, NDArray[Any]],
+    *,
+    hierarchical: bool,
+) -> None:
+    """What training learned, in tables of its own."""
+    codebooks = {name: array for name, array in arrays.items() if _CODEBOOK_NAME.fullmatch(name)}
+    write_meta(
+        cursor,
+        config=asdict(config),
+        codebook_sizes=list(layout.codebook_sizes),
+        hierarchical=hierarchical,
+        train_report=report,
+        trained_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        fingerprints=fingerprints(arrays),
+        drift=None,
+    )
+    if codebooks:
+        tables.create_codebook_table(cursor.execute, config.dim)
+    for name, codebook in codebooks.items():
+        _insert_codebook(cursor, int(name.removeprefix("codebook_")), codebook)
+    for name, array in arrays.items():
+        if name not in codebooks:
+            plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+            values = [name, plain.dtype.str, list(array.shape), plain.tobytes()]
+            cursor.execute("INSERT INTO semid_array VALUES (?, ?, ?, ?)", values)
+    if codebooks and hierarchical:
+        tables.create_bucket_table(cursor.execute)
 
 
 def _create_item_tables(
@@ -889,9 +1093,21 @@ def _create_item_tables(
     )
 
 
-def _create_macros(
+def fingerprints(arrays: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+    """The SHA-256 of the type, shape and values of each array, whatever the machine's byte order."""
+    found = {}
+    for name, array in arrays.items():
+        plain = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        digest = hashlib.sha256(f"{plain.dtype.str} {list(plain.shape)} ".encode())
+        digest.update(plain.data)
+        found[name] = digest.hexdigest()
+    return found
+
+
+def _macros(
     cursor: duckdb.DuckDBPyConnection, config: IndexConfig, layout: CodeLayout, *, hierarchical: bool
-) -> None:
+) -> list[str]:
+    """The statements that write the macros of an index."""
     shape = IndexShape(
         layout,
         config.dim,
@@ -901,8 +1117,20 @@ def _create_macros(
         hierarchical=hierarchical,
         greedy=encodes_greedily(config.quantizer, config.quantizer_config),
     )
-    for statement in create_macros(shape):
+    return create_macros(shape)
+
+
+def _macros_fingerprint(statements: Iterable[str]) -> str:
+    return hashlib.sha256(";\n".join(statements).encode()).hexdigest()
+
+
+def _create_macros(
+    cursor: duckdb.DuckDBPyConnection, config: IndexConfig, layout: CodeLayout, *, hierarchical: bool
+) -> None:
+    statements = _macros(cursor, config, layout, hierarchical=hierarchical)
+    for statement in statements:
         cursor.execute(statement)
+    write_meta(cursor, macros=_macros_fingerprint(statements))
 
 
 def _insert_codebook(cursor: duckdb.DuckDBPyConnection, level: int, codebook: NDArray[np.float32]) -> None:
@@ -915,126 +1143,8 @@ def _insert_codebook(cursor: duckdb.DuckDBPyConnection, level: int, codebook: ND
             "codeword": fixed_size_list(codebook),
         }
     )
-    _run_over(cursor, words, "INSERT INTO semid_codebook SELECT * FROM batch")
+    run_over(cursor, words, "INSERT INTO semid_codebook SELECT * FROM batch")
 
 
-def _connect(path: Path | None, *, read_only: bool) -> duckdb.DuckDBPyConnection:
-    with _errors_translated(path):
-        return duckdb.connect(
-            ":memory:" if path is None else str(path), read_only=read_only, config=dict(_CONNECT_CONFIG)
-        )
-
-
-def _check_is_database(path: Path) -> None:
-    if not path.exists():
-        raise IndexNotFoundError(f"There is no file {path}. Make an index with semid_index.create(path, dim=...).")
-    if path.is_dir():
-        raise NotAnIndexError(f"{path} is a folder. Give the path of the index's file.")
-    try:
-        with path.open("rb") as file:
-            head = file.read(12)
-    except OSError as error:
-        raise IndexFileError(f"{path} cannot be read: {error.strerror}. Change its permissions.") from error
-    if head[8:12] != _DUCKDB_MAGIC:
-        raise NotAnIndexError(
-            f"{path} is not an index of semid-index: it is no DuckDB file. Make an index with semid_index.create."
-        )
-
-
-def _make_room(path: Path, *, overwrite: bool) -> None:
-    if path.exists():
-        if not overwrite:
-            raise IndexExistsError(
-                f"{path} exists. Open it with semid_index.open, or pass overwrite=True to replace it."
-            )
-        if path.is_dir():
-            raise IndexExistsError(f"{path} is a folder, which is not overwritten. Give the path of a file.")
-        _check_not_in_use(path)
-        _remove(path)
-    if not path.parent.is_dir():
-        raise IndexFileError(f"There is no folder {path.parent}. Create it first.")
-
-
-def _check_not_in_use(path: Path) -> None:
-    """Refuse to overwrite an index that is open: whoever has it open would go on writing into a deleted file."""
-    for read_only in (True, False):  # DuckDB refuses another connection of this process if its mode differs
-        try:
-            _connect(path, read_only=read_only).close()
-        except IndexLockedError:
-            raise
-        except (IndexFileError, duckdb.Error):
-            continue  # damaged, or no database: it is to be overwritten
-
-
-def _remove(path: Path) -> None:
-    try:
-        for part in (path, _wal(path)):
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise ReadOnlyError(
-            f"{path} cannot be removed: {error.strerror}. Change the permissions of its folder, or use another path."
-        ) from error
-
-
-def _wal(path: Path) -> Path:
-    return path.with_name(path.name + ".wal")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
-
-
-# What DuckDB's message contains -> the error to raise, and what to say about the path. The first that fits is taken.
-_TRANSLATIONS: tuple[tuple[str, type[SemidError], str], ...] = (
-    (
-        "lock on file",
-        IndexLockedError,
-        "{path} is open in another process{holder}. Close it there; or open it with read_only=True in every process.",
-    ),
-    (
-        "different configuration",
-        IndexLockedError,
-        "{path} is open in this process already, in another mode. Close it there; or use the same read_only for both.",
-    ),
-    ("version number", NewerFormatError, "{path} was written by a later DuckDB. Run: pip install --upgrade duckdb"),
-    ("Corrupt database", CorruptIndexError, "{path} is damaged. " + RESTORE),
-    (
-        "Could not read enough bytes",
-        CorruptIndexError,
-        "{path} is damaged: it ends too early. " + RESTORE,
-    ),
-    ("Serialization Error", CorruptIndexError, "{path} is damaged. " + RESTORE),
-    ("Catalog Error", CorruptIndexError, "{path} is damaged: a table is missing. " + RESTORE),
-    (
-        "Permission denied",
-        ReadOnlyError,
-        "{path} cannot be written. Open it with read_only=True, or change the permissions of the file and its folder.",
-    ),
-    ("Read-only file system", ReadOnlyError, "{path} cannot be written. Open it with read_only=True, or copy it."),
-    ("No space left", StorageError, "Writing {path} failed, and the index is as it was before. Make room on the disk."),
-    (
-        "File too large",
-        StorageError,
-        "Writing {path} failed, and the index is as it was before. Make room on the disk.",
-    ),
-    ("IO Error", IndexFileError, "{path} cannot be used."),
-)
-
-
-@contextmanager
-def _errors_translated(path: Path | None) -> Iterator[None]:
-    """DuckDB's errors as ours, with what to do next; those that mean nothing to a user stay as they are."""
-    try:
-        yield
-    except duckdb.IntegrityError as error:
-        raise DuplicateIdError(f"An id is in the index already. Leave it out. ({_first_line(error)})") from error
-    except duckdb.DataError:  # it quotes values, which can contain any words
-        raise
-    except duckdb.Error as error:
-        message = str(error)
-        holder = re.search(r"\(PID (\d+)\)", message)
-        for words, kind, text in _TRANSLATIONS:
-            if words in message:
-                said = text.format(path=path or "The index", holder=f" (process {holder[1]})" if holder else "")
-                raise kind(f"{said} ({_first_line(error)})") from error
-        raise
+def _where_row(rows: range | None) -> str:
+    return "" if rows is None else f" WHERE row >= {rows.start} AND row < {rows.stop}"

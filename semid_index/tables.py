@@ -7,10 +7,12 @@ table                   what a row is
 ``semid_codebook``      one codeword: level and code, and its vector
 ``semid_array``         one other array that the quantizer learned, as raw little-endian bytes with type and shape
 ``semid_codes``         one item: its number ``row``, the user's ``id``, its codes; kept sorted by sid
+``semid_history``       one ID that an item had and has no more: it was deleted, or its vector changed
 ``semid_buckets``       one bucket that has items; only where codewords add up and prefixes mean something
 ``semid_vectors``       one item's stored vector (``v``), and the tail codes that sharpen distances; by ``row``
 ``items``               the user's metadata, joined on ``id``
 ``semantic_ids``        a view: the codes as text and as columns, one for each level and each prefix
+``semid_map``           a view: what the IDs of older versions have become
 ======================= ==========================================================================================
 
 ``docs/file-format.md`` has every column. A released migration is never edited; a change of the tables is a new one.
@@ -19,14 +21,14 @@ table                   what a row is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from semid_index.codes import CodeLayout
 from semid_index.errors import NewerFormatError
 from semid_index.records import IdType, Tier
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 4
 MAX_CODE_COLUMNS = 64  # the view has a column per level up to here; scalar quantization has one level per dimension
 _ROUTING_BITS = 16  # the bucket column holds the longest prefix of whole levels that fits in so many bits
 
@@ -76,7 +78,27 @@ def _m002_buckets(execute: Execute) -> None:
         add_buckets(execute, layout)
 
 
-_MIGRATIONS: tuple[Callable[[Execute], None], ...] = (_m001_first_tables, _m002_buckets)
+def _m003_history(execute: Execute) -> None:
+    """The table of IDs that items had."""
+    settings = {key: json.loads(value) for key, value in execute("SELECT key, value FROM semid_meta").fetchall()}
+    if "codebook_sizes" in settings:
+        layout = CodeLayout(tuple(settings["codebook_sizes"]))
+        create_history_table(execute, layout, settings.get("id_type", "int"))
+
+
+def _m004_versions(execute: Execute) -> None:
+    """The view from older versions of the IDs to the present one: there is none older yet."""
+    execute("INSERT OR IGNORE INTO semid_meta VALUES ('version', '1')")
+    if execute("SELECT 1 FROM semid_meta WHERE key = 'codebook_sizes'").fetchall():
+        create_map_view(execute)
+
+
+_MIGRATIONS: tuple[Callable[[Execute], None], ...] = (
+    _m001_first_tables,
+    _m002_buckets,
+    _m003_history,
+    _m004_versions,
+)
 
 
 def create_codebook_table(execute: Execute, dim: int) -> None:
@@ -87,14 +109,30 @@ def create_codebook_table(execute: Execute, dim: int) -> None:
     )
 
 
+def clear_training(execute: Execute) -> None:
+    """Remove what training wrote, and the codes of all items."""
+    for table in ("semid_codes", "semid_codebook", "semid_buckets"):
+        execute(f"DROP TABLE IF EXISTS main.{table}")
+    execute("DELETE FROM main.semid_array")
+
+
 def create_bucket_table(execute: Execute) -> None:
     """The table of buckets with items, from which a search in SQL chooses those that it opens."""
     execute("CREATE TABLE semid_buckets (bucket INTEGER NOT NULL, norm2 FLOAT NOT NULL)")
 
 
+def create_history_table(execute: Execute, layout: CodeLayout, id_type: IdType) -> None:
+    """The table of IDs that items had. None of them is given again."""
+    rest = f", sid_rest {rest_type(layout)} NOT NULL" if layout.rest_levels else ""
+    execute(
+        f"CREATE TABLE semid_history (id {ID_TYPES[id_type]} NOT NULL, sid BIGINT NOT NULL{rest}, "
+        "dup_rank INTEGER NOT NULL, version INTEGER NOT NULL, until TIMESTAMP NOT NULL)"
+    )
+
+
 def add_buckets(execute: Execute, layout: CodeLayout, source: str = "semid_codes") -> None:
     """Write down the buckets of the items in ``source`` that are new. Does nothing in an index without buckets."""
-    if not _has_table(execute, "semid_buckets"):
+    if not has_table(execute, "semid_buckets"):
         return
     codes = bucket_expressions(layout)[: codeword_levels(execute)]
     words = [f"w{level}" for level in range(1, len(codes) + 1)]
@@ -112,12 +150,13 @@ def add_buckets(execute: Execute, layout: CodeLayout, source: str = "semid_codes
 
 def codeword_levels(execute: Execute) -> int:
     """How many of the first levels have codewords; 0 for a quantizer without codebooks."""
-    if not _has_table(execute, "semid_codebook"):
+    if not has_table(execute, "semid_codebook"):
         return 0
     return int(execute("SELECT count(DISTINCT level) FROM semid_codebook").fetchall()[0][0])
 
 
-def _has_table(execute: Execute, name: str) -> bool:
+def has_table(execute: Execute, name: str) -> bool:
+    """Whether the database has a table of this name."""
     return bool(execute(f"SELECT 1 FROM duckdb_tables() WHERE table_name = '{name}' AND NOT internal").fetchall())
 
 
@@ -125,18 +164,38 @@ def create_item_tables(
     execute: Execute, layout: CodeLayout, *, dim: int, id_type: IdType, tier: Tier, tail_bytes: int, hierarchical: bool
 ) -> None:
     """The tables that hold items, empty, and the view over them; an earlier empty set is replaced."""
-    execute("DROP VIEW IF EXISTS semantic_ids")
-    for table in ("semid_codes", "semid_vectors", "items"):
+    for view in ("semid_map", "semantic_ids"):
+        execute(f"DROP VIEW IF EXISTS {view}")
+    for table in ("semid_codes", "semid_vectors", "semid_history", "items"):
         execute(f"DROP TABLE IF EXISTS {table}")
+    create_code_table(execute, layout, id_type)
+    if columns := vector_columns(dim, tier, tail_bytes):
+        execute(f"CREATE TABLE semid_vectors (row BIGINT NOT NULL, {', '.join(columns.values())})")
+    create_history_table(execute, layout, id_type)
+    execute(f"CREATE TABLE items (id {ID_TYPES[id_type]} NOT NULL)")
+    execute(f"CREATE VIEW semantic_ids AS {semantic_ids_query(layout, hierarchical=hierarchical)}")
+    create_map_view(execute)
+
+
+def create_code_table(execute: Execute, layout: CodeLayout, id_type: IdType) -> None:
+    """The table of codes, empty."""
     rest = f", sid_rest {rest_type(layout)} NOT NULL" if layout.rest_levels else ""
     execute(
         f"CREATE TABLE semid_codes (row BIGINT NOT NULL, id {ID_TYPES[id_type]} PRIMARY KEY, "
         f"sid BIGINT NOT NULL{rest}, bucket INTEGER NOT NULL, dup_rank INTEGER NOT NULL, norm2 FLOAT NOT NULL)"
     )
-    if columns := vector_columns(dim, tier, tail_bytes):
-        execute(f"CREATE TABLE semid_vectors (row BIGINT NOT NULL, {', '.join(columns.values())})")
-    execute(f"CREATE TABLE items (id {ID_TYPES[id_type]} NOT NULL)")
-    execute(f"CREATE VIEW semantic_ids AS {semantic_ids_query(layout, hierarchical=hierarchical)}")
+
+
+def create_map_view(execute: Execute, kept: Sequence[int] = ()) -> None:
+    """The view from the IDs of older versions, those in the schemas ``semid_v1`` and so on, to the present ones."""
+    columns = "new.id, {old}.version AS old_version, new.version AS new_version, {old}.semantic_id AS old, "
+    columns += "new.semantic_id AS new"
+    queries = [
+        f"SELECT {columns.format(old='old')} FROM semid_v{version}.semantic_ids AS old "
+        "JOIN main.semantic_ids AS new ON new.id = old.id"
+        for version in kept
+    ] or [f"SELECT {columns.format(old='new')} FROM semantic_ids AS new WHERE false"]
+    execute(f"CREATE OR REPLACE VIEW semid_map AS {' UNION ALL '.join(queries)}")
 
 
 def vector_columns(dim: int, tier: Tier, tail_bytes: int) -> dict[str, str]:
@@ -205,7 +264,7 @@ def text_expression(layout: CodeLayout) -> str:
     return f"concat_ws('-', {', '.join(parts)})"
 
 
-def semantic_ids_query(layout: CodeLayout, *, hierarchical: bool) -> str:
+def semantic_ids_query(layout: CodeLayout, *, hierarchical: bool, version: int = 1, codes: str = "semid_codes") -> str:
     """The definition of the view ``semantic_ids``. Prefix columns exist only where a prefix means something."""
     columns = {
         "id": "id",
@@ -215,9 +274,9 @@ def semantic_ids_query(layout: CodeLayout, *, hierarchical: bool) -> str:
         **code_expressions(layout),
         **(prefix_expressions(layout) if hierarchical else {}),
         "dup_rank": "dup_rank",
-        "version": "1",
+        "version": str(version),
     }
-    return "SELECT " + ", ".join(f"{sql} AS {name}" for name, sql in columns.items()) + " FROM semid_codes"
+    return "SELECT " + ", ".join(f"{sql} AS {name}" for name, sql in columns.items()) + f" FROM {codes}"
 
 
 # -- what it all means ------------------------------------------------------------------------------------------------
@@ -226,10 +285,16 @@ SETTINGS: dict[str, str] = {
     "format_version": "the format of the file, a whole number; this page describes the newest",
     "config": "what the index is: the arguments of `create`",
     "next_row": "the number that the next new item gets",
-    "collisions": "what the collision policy did in all calls of `add`; null for `share`, which does nothing",
-    "codebook_sizes": "codewords per level, coarsest first; written by training, as are the next two",
+    "collisions": "what the collision policy did in all calls of `add` and `upsert`; null for `share`, which does "
+    "nothing",
+    "codebook_sizes": "codewords per level, coarsest first; written by training, as are the next four",
     "hierarchical": "whether a prefix of the codes means something",
-    "train_report": "what `train` reported: rows, seconds, error and perplexity per level",
+    "fingerprints": "the SHA-256 of each array that training learned: of its type, shape and values",
+    "macros": "the SHA-256 of the statements that the macros were written with",
+    "train_report": "what `train` reported, or `retrain`: rows, seconds, error and perplexity per level",
+    "trained_at": "when that was, in UTC",
+    "version": "the version of the IDs; 1 if it was never retrained",
+    "drift": "how far items are from their codes: of those encoded first after training, and of those since",
     "id_type": '`"int"` or `"str"`; written by the first `add`',
 }
 """The keys of ``semid_meta``, for ``docs/file-format.md``."""
@@ -243,12 +308,21 @@ COLUMNS: dict[str, dict[str, str]] = {
         "c": "the code at each level, `c1` the coarsest; at most 64 columns",
         "p": "the first 1, 2, ... codes as one integer, as deep as the sid reaches; "
         "equal numbers mean equal prefixes; only where a prefix means something",
-        "dup_rank": "0 for the first item with this ID, 1 for the second, and so on; with the ID it is unique",
-        "version": "the training that the ID comes from; always 1 so far",
+        "dup_rank": "0 for the first item with this ID, 1 for the second, and so on; with the ID it is unique, "
+        "and given to no other item ever",
+        "version": "the training that the ID comes from: 1, and one more each time the index was retrained",
+    },
+    "semid_map": {
+        "id": "the user's id; only of items that both versions have",
+        "old_version": "an older version; see [Versions of the IDs](#versions-of-the-ids)",
+        "new_version": "the version of `semantic_ids`",
+        "old": "the semantic ID in the older version",
+        "new": "the semantic ID now",
     },
     "items": {"id": "the user's id; the other columns are the metadata, with the names and types they were given in"},
     "semid_codes": {
-        "row": "the item's number, given once and in the order of adding; it joins `semid_vectors`",
+        "row": "the item's number, given once and in the order of writing: `upsert` gives a new one; "
+        "it joins `semid_vectors`",
         "id": "the user's id",
         "sid": "the codes of the levels that fit into 63 bits",
         "sid_rest": "the codes of the other levels; only where there are some",
@@ -262,6 +336,14 @@ COLUMNS: dict[str, dict[str, str]] = {
         '`"float16"`, absent for `"none"`',
         "scale": 'with `"int8"`: the vector is about `v * scale`',
         "tail": "tail codes, two 4-bit codes per byte, the first in the low bits; absent without a tail",
+    },
+    "semid_history": {
+        "id": "the id of an item that was deleted, or has another ID now",
+        "sid": "the ID it had: the codes of the levels that fit into 63 bits",
+        "sid_rest": "the codes of the other levels; only where there are some",
+        "dup_rank": "the rank it had among the items with this ID",
+        "version": "as in `semantic_ids`",
+        "until": "when it was deleted or changed, in UTC",
     },
     "semid_codebook": {
         "level": "1 for the coarsest",

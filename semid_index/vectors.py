@@ -14,6 +14,7 @@ Nothing is unpickled. What a file's header promises is compared with the file's 
 from __future__ import annotations
 
 import os
+import tempfile
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,7 @@ from semid_index.errors import (
     MissingDependencyError,
     SemidError,
     SourceNotFoundError,
+    StorageError,
 )
 from semid_index.quantizer import Vectors
 
@@ -323,6 +325,34 @@ class ArrowSource(VectorSource):
             raise _changed(self.description)
 
 
+class SpooledSource(ArraySource):
+    """Batches that can be had only once, such as those of a generator: written to a temporary file, and read from it.
+
+    Adding vectors reads them twice, once to check and once to store, and needs to know how many there are. The file is
+    in the folder for temporary files, has no name, and goes away with the source.
+    """
+
+    def __init__(self, batches: Iterator[Any], description: str) -> None:
+        rows = dim = 0
+        with tempfile.TemporaryFile() as file:  # what is mapped stays until the map goes
+            for batch in batches:
+                part = as_vectors(batch, what=f"{description}, from row {rows}", finite=False)
+                if rows and part.shape[1] != dim:
+                    raise _uneven(rows, part.shape[1], dim, description)
+                rows, dim = rows + len(part), part.shape[1]
+                try:
+                    file.write(part.data)
+                    file.flush()
+                except OSError as error:
+                    raise StorageError(
+                        f"{description} cannot be kept in {tempfile.gettempdir()}: {error.strerror}. Make room there, "
+                        "or set TMPDIR to another folder."
+                    ) from error
+            if not rows:
+                raise InvalidVectorsError(f"{description}: there were no rows. Give batches of shape (n, dim).")
+            super().__init__(np.memmap(file, np.float32, "r", shape=(rows, dim)), description)
+
+
 class Hdf5Source(VectorSource):
     """A dataset of shape (n, dim) in an HDF5 file."""
 
@@ -360,6 +390,8 @@ class Hdf5Source(VectorSource):
 def open_vectors(source: Any, *, column: str | None = None) -> VectorSource:
     """A source of vectors: a file, an Arrow table or a data frame, or anything that :func:`as_vectors` takes.
 
+    An iterator, such as a generator, gives batches of shape (n, dim). They go through a temporary file, as float32.
+
     ``column`` names the column of a table, of ``.parquet``, ``.arrow`` and ``.feather``, the array of an ``.npz``, or
     the dataset of an HDF5 file ("train" unless said). Arrays are not copied: a batch is converted when it is read.
 
@@ -371,6 +403,9 @@ def open_vectors(source: Any, *, column: str | None = None) -> VectorSource:
     if isinstance(source, VectorSource):
         _refuse_column(column, source.description)
         return source
+    if isinstance(source, Iterator):
+        _refuse_column(column, "vectors")
+        return SpooledSource(source, "vectors")
     arrow = _arrow_column(source, column, "vectors")
     if arrow is not None:
         return ArrowSource(lambda _size: arrow.chunks, arrow.type, len(arrow), "vectors")

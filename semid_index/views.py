@@ -14,9 +14,11 @@ from semid_index.output import new_grid, shown
 from semid_index.report.words import BALANCE, ESTIMATED, percent, shape, times
 
 if TYPE_CHECKING:
+    from semid_index.records import RetrainReport, VerifyReport
     from semid_index.report.records import ChurnQuality, NeighbourQuality, QualityReport
 
 _BAR = 40  # characters of a full bar
+_CHURN_BAR = 28
 _PROBES_SHOWN = 10
 _DEPTHS_SHOWN = 4  # of each label: enough to see purity and chance come together
 
@@ -36,6 +38,8 @@ def stats_view(stats: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [facts]
     if levels := stats["train_report"]["levels"]:
         parts += [Text(), levels_view(levels)]
+    if "drift" in stats:
+        parts += [Text(), Text(stats["drift"]["reason"], style="bold yellow" if stats["drift"]["due"] else "")]
     return Group(*parts, Text(), sizes_view(stats))
 
 
@@ -110,6 +114,19 @@ def trace_view(trace: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def verify_view(report: VerifyReport) -> RenderableType:
+    """What each check of an index found, the failed ones in red."""
+    table = new_grid()
+    for name in ("check", "", "looked at"):
+        table.add_column(name, justify="right" if name == "looked at" else "left")
+    table.add_column("found", overflow="fold")
+    styles = {"ok": "green", "failed": "bold red", "skipped": "dim"}
+    for check in report.checks:
+        table.add_row(check.name, Text(check.status, styles[check.status]), f"{check.examined:,}", Text(check.found))
+    verdict = "The index is whole." if report.ok else f"The index is damaged: {', '.join(report.failed)}."
+    return Group(table, Text(), Text(verdict, style="bold"))
+
+
 def report_view(report: QualityReport) -> RenderableType:
     """A quality report: meaning and neighbourhood first, then collisions, then how the levels do."""
     parts: list[RenderableType] = [Text(shape(report), style="bold"), Text()]
@@ -125,7 +142,32 @@ def report_view(report: QualityReport) -> RenderableType:
         parts += [Text(), Text(f"Memory: {report.memory.code_bytes:g} bytes an ID; {cost}.")]
     if report.churn is not None:
         parts += [Text(), _churn_table(report.churn)]
+    if report.drift is not None:
+        parts += [Text(), Text(report.drift.reason, style="bold yellow" if report.drift.due else "")]
     return Group(*parts)
+
+
+def retrain_view(report: RetrainReport, *, dropped: bool) -> RenderableType:
+    """What retraining did to the IDs and to the error."""
+    error, ratio = report.error / (report.error_before or 1.0) - 1, report.error_ratio
+    facts = facts_view({"version": report.version, "items": report.items, "learned from": report.rows})
+    than_scratch = "" if ratio is None else f"; {ratio - 1:+.1%} against training from scratch"
+    facts.add_row("error", Text(f"{error:+.1%}{than_scratch}"))
+    table = new_grid()
+    names = ["codes", "changed"]
+    compared = report.churn[0].unaligned is not None
+    names += ["from scratch", "and aligned"] if compared else []
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_column("items with other first codes")
+    for level in report.churn:
+        changed = round(_CHURN_BAR * level.prefix)
+        bar = Text.assemble(("█" * changed, "cyan"), ("░" * (_CHURN_BAR - changed), "dim"))
+        others = [level.unaligned, level.aligned] if compared else []
+        table.add_row(str(level.level), percent(level.prefix), *map(percent, others), bar)
+    old = f"Version {report.version - 1}"
+    kept = f"{old} was dropped." if dropped else f"{old} is still there: semid_map leads from its IDs to the new ones."
+    return Group(facts, Text(), table, Text(), Text(kept, style="dim"))
 
 
 def _meaning_table(report: QualityReport) -> Table:

@@ -25,6 +25,17 @@ pytest.register_assert_rewrite("semid_index.testing")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test marked ``gpu`` is skipped where FAISS has none to compute on; SEMID_REQUIRE_GPU=1 makes that a failure."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    from semid_index.devices import gpu_problem
+
+    if (problem := gpu_problem(0)) is not None:
+        end = pytest.fail if os.environ.get("SEMID_REQUIRE_GPU") == "1" else pytest.skip
+        end(f"GPU 0 cannot be used: {problem}")
+
+
 def _clustered(rows: int, dim: int, *, seed: int = 0) -> NDArray[np.float32]:
     """Points around 40 centres, which are the same for one seed however many points there are: (rows, dim)."""
     random = np.random.default_rng(seed)

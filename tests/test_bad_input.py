@@ -26,6 +26,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 import semid_index as semid
+from semid_index import tables
 from semid_index.errors import (
     AlreadyTrainedError,
     CorruptIndexError,
@@ -184,7 +185,11 @@ VECTOR_FAULTS = {
     "1-D": Fault(lambda v: v[0], [r"shape \(24,\)", r"x\.reshape\(1, -1\)"], allowed_in=["search"]),
     "3-D": Fault(lambda v: v[None], [r"shape \(1, 20, 24\)", r"x\.reshape\(-1, 24\)"]),
     "a number": Fault(lambda v: 3.0, [r"shape \(\)", r"\(n, dim\) is needed"]),
-    "nothing": Fault(lambda v: None, ["Python objects", "Give floats or integers"]),
+    "nothing": Fault(
+        lambda v: None,
+        ["Python objects", "Give floats or integers"],
+        allowed_in=["retrain"],  # which then takes the stored vectors
+    ),
     "objects": Fault(lambda v: v.astype(object), ["Python objects", "Give floats or integers"]),
     "text": Fault(lambda v: v.astype(str), ["text", "Give floats or integers"]),
     "bytes": Fault(lambda v: v.astype("S8"), ["bytes", "Give floats or integers"]),
@@ -205,7 +210,16 @@ VECTOR_FAULTS = {
         allowed_in=["search", "encode"],  # which take no paths
     ),
 }
-VECTOR_METHODS = ["train", "add", "search", "encode"]
+VECTOR_METHODS = ["train", "add", "upsert", "search", "encode", "retrain"]
+
+
+def give(index: SemanticIndex, method: str, vectors: Any) -> object:
+    """Call a method with vectors; those that need ids get as many as there are rows."""
+    if method == "upsert":
+        return index.upsert(
+            vectors, np.arange(getattr(vectors, "shape", (2,))[0] if hasattr(vectors, "__len__") else 1)
+        )
+    return getattr(index, method)(vectors)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")  # negative floats as dates
@@ -225,7 +239,7 @@ def test_bad_vectors(watched, fault, method, clustered):
         pytest.skip(f"{fault} is no fault under {index.config.metric}")
     bad = wrong.make(clustered(20, DIM))
     with refused(wrong.error, *wrong.words) as raised:
-        getattr(index, method)(bad)
+        give(index, method, bad)
     if r"\b3\b" in wrong.words:
         assert raised.value.rows == (3,)
     if wrong.error is DimensionMismatchError:
@@ -428,6 +442,40 @@ def test_bad_ids(filled, fault):
         assert raised.value.ids == ((7_001,) if fault == "one twice" else (5,))
 
 
+@pytest.mark.parametrize("fault", [fault for fault in ID_FAULTS if "in the index" not in fault])
+def test_bad_ids_for_upsert(filled, fault):
+    ids, error, words = ID_FAULTS[fault]
+    with refused(error, *words):
+        filled.index.upsert(filled.queries[:3], ids)
+    filled.assert_as_before()
+
+
+def test_upsert_needs_ids(filled):
+    with refused(InvalidIdsError, "upsert needs", r"ids=\["):
+        filled.index.upsert(filled.queries[:3], None)
+    filled.assert_as_before()
+
+
+NO_IDS = ("floats", "whole floats", "booleans", "bytes", "dates", "lists", "objects", "2-D", "one string", "a number")
+NO_IDS += ("one missing", "numbers and strings", "a set, which has no order", "a dict", "beyond 64 bits")
+NO_IDS += ("beyond 63 bits", "half a character")
+
+
+@pytest.mark.parametrize("method", ["delete", "get"])
+@pytest.mark.parametrize("fault", NO_IDS)
+def test_bad_ids_for_what_takes_ids_alone(filled, method, fault):
+    with refused(InvalidIdsError, "[Ii]ds"):
+        getattr(filled.index, method)(ID_FAULTS[fault][0])
+    filled.assert_as_before()
+
+
+def test_what_delete_leaves_alone(filled):
+    for ids in ([], [99_999, -1], ["a", "b"]):
+        assert filled.index.delete(ids) == 0
+    assert filled.index.delete(where="number < 0") == 0
+    filled.assert_as_before()
+
+
 def test_bad_ids_for_an_index_with_strings(tmp_path, vectors, queries):
     path = tmp_path / "strings.duckdb"
     with semid.create(path, dim=DIM, levels=3, codebook_size=16) as index:
@@ -474,11 +522,13 @@ METADATA_FAULTS: dict[str, tuple[Any, list[str]]] = {
 }
 
 
+@pytest.mark.parametrize("method", ["add", "upsert"])
 @pytest.mark.parametrize("fault", METADATA_FAULTS)
-def test_bad_metadata(filled, fault):
+def test_bad_metadata(filled, fault, method):
     metadata, words = METADATA_FAULTS[fault]
+    ids = [7, 7_001, 7_002] if method == "upsert" else [7_000, 7_001, 7_002]
     with refused(InvalidArgumentError, *words):
-        filled.index.add(filled.queries[:3], metadata=metadata)
+        getattr(filled.index, method)(filled.queries[:3], ids, metadata=metadata)
     filled.assert_as_before()
 
 
@@ -499,7 +549,8 @@ CREATE_FAULTS: list[tuple[dict[str, Any], type[SemidError], list[str]]] = [
     *(({"tail": tail}, InvalidArgumentError, ["tail", "at least 0"]) for tail in (-1, 1.5, True)),
     ({"tail": 25}, InvalidArgumentError, ["tail", "24 dimensions", "25"]),
     *(({"leaf_size": size}, InvalidArgumentError, ["leaf_size", "at least 1"]) for size in (0, -1, 1.5, True)),
-    *(({"device": device}, InvalidArgumentError, ["device", "'cpu' or 'auto'"]) for device in ("cuda", 0, None)),
+    *(({"device": device}, InvalidArgumentError, ["device", "'cpu', 'auto'"]) for device in ("cuda", -1, True, 1.5)),
+    ({"device_vectors": "float64"}, InvalidArgumentError, ["device_vectors", "float32, float16, int8"]),
     *(({"iterations": often}, InvalidArgumentError, ["iterations", "from 1 to"]) for often in (0, 1.5, None)),
     ({"iteration": 5}, InvalidArgumentError, ["'rq' has no option 'iteration'", "levels, codebook_size, iterations"]),
     ({"quantizer": "rqq"}, UnknownNameError, ["'rqq'", "balanced-rq, binary", "Did you mean 'rq'?", "semid plugins"]),
@@ -596,6 +647,16 @@ ARGUMENT_FAULTS: list[tuple[str, dict[str, Any], type[SemidError], list[str]]] =
     ),
     *(("add", {"batch_size": n}, InvalidArgumentError, ["batch_size", "at least 1"]) for n in (0, -1, 1.5, True)),
     ("add", {"on_bad_vectors": "skip"}, InvalidArgumentError, ["'error' or 'drop'", "'skip'"]),
+    *(("upsert", {"batch_size": n}, InvalidArgumentError, ["batch_size", "at least 1"]) for n in (0, -1, 1.5, True)),
+    ("upsert", {"on_bad_vectors": "skip"}, InvalidArgumentError, ["'error' or 'drop'", "'skip'"]),
+    ("delete", {}, InvalidArgumentError, ["ids", "where"]),
+    ("delete", {"ids": [1], "where": "number = 1"}, InvalidArgumentError, ["ids", "where"]),
+    ("delete", {"ids": [1], "params": [1]}, InvalidArgumentError, ["where"]),
+    ("delete", {"where": "nummer = 1"}, FilterError, ["'nummer'", "Did you mean 'number'?"]),
+    ("delete", {"where": "number = 1; DROP TABLE items"}, FilterError, ["one expression", "';'"]),
+    ("delete", {"where": "number = ?"}, FilterError, ["[Pp]arameters", r"\b1\b", r"\b0\b"]),
+    ("delete", {"where": "number + word = 3"}, FilterError, ["does not fit", "CAST"]),
+    *(("verify", {"sample": n}, InvalidArgumentError, ["sample", "at least"]) for n in (-1, 1.5, True, None, "3")),
 ]
 DEFAULTS: dict[str, dict[str, Any]] = {"similar": {"id": 5}}
 
@@ -607,9 +668,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {"similar": {"id": 5}}
 )
 def test_bad_arguments_of_methods(filled, method, arguments, error, words):
     queries = filled.queries
-    vectors = {"search": [queries], "explain": [queries[0]], "add": [queries]}.get(method, [])
+    vectors = {"search": [queries], "explain": [queries[0]], "add": [queries], "upsert": [queries, range(len(queries))]}
     with refused(error, *words):
-        getattr(filled.index, method)(*vectors, **{**DEFAULTS.get(method, {}), **arguments})
+        getattr(filled.index, method)(*vectors.get(method, []), **{**DEFAULTS.get(method, {}), **arguments})
     filled.assert_as_before()
 
 
@@ -637,6 +698,14 @@ def test_prefixes_of_codes_that_are_no_hierarchy(tmp_path, vectors, quantizer):
 METHODS: dict[str, Callable[[SemanticIndex, NDArray[np.float32]], object]] = {
     "train": lambda index, vectors: index.train(vectors),
     "add": lambda index, vectors: index.add(vectors),
+    "upsert": lambda index, vectors: index.upsert(vectors, range(len(vectors))),
+    "delete": lambda index, vectors: index.delete([1]),
+    "compact": lambda index, vectors: index.compact(),
+    "verify": lambda index, vectors: index.verify(),
+    "retrain": lambda index, vectors: index.retrain(vectors),
+    "save_copy": lambda index, vectors: index.save_copy("no-copy.duckdb"),
+    "export": lambda index, vectors: index.export("no-export.parquet"),
+    "report": lambda index, vectors: index.report(),
     "search": lambda index, vectors: index.search(vectors),
     "explain": lambda index, vectors: index.explain(vectors[0]),
     "encode": lambda index, vectors: index.encode(vectors),
@@ -652,7 +721,11 @@ METHODS: dict[str, Callable[[SemanticIndex, NDArray[np.float32]], object]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["add", "search", "explain", "encode", "decode", "prefix", "tree", "get", "similar"])
+NEEDS_TRAINING = ["add", "upsert", "delete", "retrain", "export", "report", "search", "explain", "encode", "decode"]
+NEEDS_TRAINING += ["prefix", "tree", "get", "similar"]
+
+
+@pytest.mark.parametrize("method", NEEDS_TRAINING)
 def test_before_training(watched, queries, method):
     index = watched["untrained"].index
     with refused(NotTrainedError, "not trained", r"Call index\.train\(vectors\)"):
@@ -697,7 +770,8 @@ def test_after_closing(index_file, queries):
 
 def test_writing_to_what_is_open_for_reading(index_file, tmp_path, vectors):
     semid.create(tmp_path / "untrained.duckdb", dim=DIM, levels=3, codebook_size=16).close()
-    for path, method in ((index_file, "add"), (tmp_path / "untrained.duckdb", "train")):
+    writes = [(index_file, method) for method in ("add", "upsert", "delete", "compact", "retrain")]
+    for path, method in [*writes, (tmp_path / "untrained.duckdb", "train")]:
         before = digest(path)
         with semid.open(path, read_only=True) as index:
             with refused(ReadOnlyError, "open for reading only", "without read_only=True"):
@@ -737,7 +811,7 @@ def test_opening_what_is_no_index(tmp_path, index_file):
     )
 
 
-@pytest.mark.parametrize("option", [{"device": "cuda"}, {"vectors_in": "cloud"}])
+@pytest.mark.parametrize("option", [{"device": "cuda"}, {"device_vectors": "half"}, {"vectors_in": "cloud"}])
 def test_bad_arguments_of_open(index_file, queries, option):
     with watching(index_file, queries), refused(InvalidArgumentError, *option, *option.values(), "Use|must be"):
         semid.open(index_file, **option)
@@ -752,10 +826,11 @@ def edited(path: Path, *statements: str) -> Path:
 
 
 def test_a_newer_format(index_file):
-    edited(index_file, "UPDATE semid_meta SET value = '3' WHERE key = 'format_version'")
+    newest = tables.FORMAT_VERSION
+    edited(index_file, f"UPDATE semid_meta SET value = '{newest + 1}' WHERE key = 'format_version'")
     before = digest(index_file)
     for read_only in (False, True):
-        with refused(NewerFormatError, "format 3", "up to 2", "pip install --upgrade semid-index"):
+        with refused(NewerFormatError, f"format {newest + 1}", f"up to {newest}", "pip install --upgrade semid-index"):
             semid.open(index_file, read_only=read_only)
     assert digest(index_file) == before
 

@@ -59,3 +59,15 @@ def test_filtered_runs_on_the_sample(tmp_path):
         assert subjects["ours"]["rows"] == subjects["exact on the matches"]["rows"] > 0, name
         assert subjects["ours"]["recall@10"] > 0.95, name
         assert subjects["exact on the matches"]["recall@10"] > 0.999, name
+
+
+def test_retrain_runs_on_the_sample():
+    command = [sys.executable, "-m", "benchmarks.retrain", "--tiny"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    churn = {}
+    for line in done.stdout.splitlines():
+        words = line.split("churn")[1].split()
+        churn.setdefault(line[11:23].strip(), []).append(float(words[0].rstrip("%")))
+    assert set(churn) == {"rq", "balanced-rq", "rq, refined"}
+    for was, scratch, aligned, *again in churn.values():
+        assert was == 0 < min(again) <= max(again) < aligned < scratch

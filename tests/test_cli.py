@@ -28,7 +28,8 @@ from semid_index import records
 from semid_index.cli import app, build
 
 ROOT = Path(semid.__file__).parents[1]
-COMMANDS = ["demo", "build", "add", "search", "tree", "sql", "export", "stats", "report", "plugins", "doctor"]
+COMMANDS = ["demo", "build", "add", "delete", "search", "tree", "sql", "export", "verify", "copy"]
+COMMANDS += ["compact", "retrain", "versions", "stats", "report", "bench", "plugins", "doctor"]
 ROWS, DIM, LEVELS, WORDS = 600, 16, 3, 16
 SECTIONS = ["games", "fonts", "mail"]
 
@@ -478,9 +479,12 @@ def test_metadata_from_every_kind_of_file(folder: Path, tmp_path: Path, suffix: 
     built = run("build", folder / "vectors.npy", "-o", tmp_path / "x.duckdb", *options)
     assert built.exit_code == 0, built.stderr
     rows = rows_of(
-        run("sql", tmp_path / "x.duckdb", "SELECT id, section, price FROM items ORDER BY price LIMIT 2").stdout
+        run("sql", tmp_path / "x.duckdb", "SELECT id, sku, section, price FROM items ORDER BY price LIMIT 2").stdout
     )
-    assert rows == [{"id": "item-0", "section": "games", "price": 0}, {"id": "item-1", "section": "fonts", "price": 1}]
+    assert rows == [
+        {"id": "item-0", "sku": "item-0", "section": "games", "price": 0},
+        {"id": "item-1", "sku": "item-1", "section": "fonts", "price": 1},
+    ]
 
 
 def test_build_passes_every_option_on(folder: Path, tmp_path: Path) -> None:

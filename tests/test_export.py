@@ -39,6 +39,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def ask(query: str) -> list[tuple[Any, ...]]:
+    """By a connection of its own, whatever other tests do with DuckDB's common one."""
+    with duckdb.connect() as connection:
+        return connection.execute(query).fetchall()
+
+
 def make(name: str, vectors: NDArray[np.float32]) -> SemanticIndex:
     """In memory; added in two parts, so that rows are not stored in the order of sids."""
     index = semid.create(dim=DIM, **SHAPES[name])
@@ -103,8 +109,8 @@ def test_it_says_what_the_ids_are(index, tmp_path):
     assert told["semid_quantizer"] == index.config.quantizer
     assert told["semid_dim"] == "24"
     assert json.loads(told["semid_hierarchical"]) == (index.config.quantizer == "rq")
-    found = duckdb.sql(f"SELECT decode(key), decode(value) FROM parquet_kv_metadata('{tmp_path / 'ids.parquet'}')")
-    assert dict(found.fetchall()) == {key: value for key, value in told.items() if key.startswith("semid_")}
+    found = ask(f"SELECT decode(key), decode(value) FROM parquet_kv_metadata('{tmp_path / 'ids.parquet'}')")
+    assert dict(found) == {key: value for key, value in told.items() if key.startswith("semid_")}
 
 
 def test_metadata_and_vectors(index, tmp_path):
@@ -219,10 +225,10 @@ def test_a_prefix_is_in_few_row_groups(text, big_file):
     sid = pq.ParquetFile(big_file).read_row_groups(groups, columns=["sid"])["sid"].to_numpy()
     assert ((sid >= low) & (sid < end)).sum() == wanted
 
-    found = duckdb.sql(f"SELECT count(*) FROM '{big_file}' WHERE sid BETWEEN {low} AND {end - 1}").fetchall()
+    found = ask(f"SELECT count(*) FROM '{big_file}' WHERE sid BETWEEN {low} AND {end - 1}")
     assert found == [(wanted,)]
     by_codes = " AND ".join(f"c{level} = {code}" for level, code in enumerate(prefix, 1))
-    assert duckdb.sql(f"SELECT count(*) FROM '{big_file}' WHERE {by_codes}").fetchall() == [(wanted,)]
+    assert ask(f"SELECT count(*) FROM '{big_file}' WHERE {by_codes}") == [(wanted,)]
 
 
 @pytest.mark.skipif(duckdb.__version__.startswith("1."), reason="DuckDB 1.5 does not tell how many row groups it read")
@@ -230,7 +236,7 @@ def test_a_prefix_is_in_few_row_groups(text, big_file):
 def test_duckdb_reads_few_row_groups(condition, big_file):
     low, end = prefix_range((12, 17), CodeLayout((WORDS,) * 3))
     query = f"SELECT max(dup_rank) FROM '{big_file}' WHERE {condition.format(low=low, high=end - 1)}"
-    [[_, plan]] = duckdb.sql(f"EXPLAIN ANALYZE {query}").fetchall()
+    [[_, plan]] = ask(f"EXPLAIN ANALYZE {query}")
     read, all_groups = map(int, re.findall(r"Row Groups Scanned: *(\d+) */ *(\d+)", plan)[0])
     assert read <= 3
     assert all_groups == 19

@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from semid_index.codes import CodeLayout, pack
-from semid_index.lookup import additive_scorer, centroid_scorer, choose_probes, make_leaves, whole_index
+from semid_index.lookup import (
+    Leaves,
+    Matches,
+    Places,
+    Probes,
+    additive_scorer,
+    centroid_scorer,
+    choose_probes,
+    make_leaves,
+    whole_index,
+)
 
 layouts = st.lists(st.integers(2, 40), min_size=1, max_size=6).map(lambda sizes: CodeLayout(tuple(sizes)))
 
@@ -164,3 +174,86 @@ def test_codes_without_hierarchy_are_one_leaf():
     leaves = whole_index(50, layout)
     assert leaves.sizes.tolist() == [50]
     assert leaves.text(0) == "*"
+
+
+def test_one_leaf_is_the_root_with_all_items():
+    leaves = whole_index(50, CodeLayout((16, 16)))
+    assert [leaves.lowest.tolist(), leaves.bits.tolist(), leaves.starts.tolist()] == [[0], [0], [0, 50]]
+    assert {array.dtype for array in (leaves.lowest, leaves.bits, leaves.starts)} == {np.dtype(np.int64)}
+
+
+def test_names_of_leaves_by_hand():
+    layout = CodeLayout((4, 6, 3))  # 2, 3 and 2 bits
+    names = {(0, 0): "*", (2 << 5, 1): "(2..3)-*", (2 << 5, 2): "2-*", (2 << 5 | 4 << 2, 3): "2-(4..5)-*"}
+    names |= {(2 << 5 | 4 << 2, 4): "2-(4..5)-*", (2 << 5 | 4 << 2, 5): "2-4-*", (2 << 5 | 5 << 2, 5): "2-5-*"}
+    names |= {(1 << 5 | 3 << 2 | 2, 6): "1-3-2", (1 << 5 | 3 << 2 | 1, 7): "1-3-1", (1 << 5 | 3 << 2, 6): "1-3-(0..1)"}
+    for (lowest, bits), name in names.items():
+        leaf = Leaves(layout, np.array([lowest]), np.array([bits]), np.array([0, 9]))
+        assert leaf.text(0) == name, (lowest, bits)
+
+
+@pytest.mark.parametrize(
+    ("metric", "point", "query", "score", "distance"),
+    [
+        ("l2", (3, 4), (0, 0), 25, 5),
+        ("l2", (3, 4), (3, 0), 25 - 18, 4),
+        ("cosine", (0, 1), (1, 0), 1, 1),
+        ("cosine", (0, 1), (0, 1), -1, 0),
+        ("cosine", (0.6, 0.8), (0, 1), 1 - 1.6, 0.2),
+        ("ip", (3, 4), (2, 1), -10, -10),
+    ],
+)
+def test_scores_and_distances_by_hand(metric, point, query, score, distance):
+    points, queries = np.array([point], dtype=np.float32), np.array([query], dtype=np.float32)
+    scorer = centroid_scorer(whole_index(1, CodeLayout((2,))), lambda positions: points[positions], metric)
+    scores = scorer.scores(scorer.table(queries))
+    np.testing.assert_allclose(scores, [[score]], atol=1e-6)
+    np.testing.assert_allclose(scorer.distances(queries[0], scores[0], metric), [distance], atol=1e-6)
+
+
+def test_a_centroid_is_the_mean_of_at_most_so_many_items_of_its_leaf():
+    asked = []
+
+    def decode(positions):
+        asked.append(positions.tolist())
+        return positions[:, None].astype(np.float32)
+
+    leaves = Leaves(CodeLayout((4,)), np.array([0, 2]), np.array([1, 1]), np.array([0, 3, 203]))
+    scorer = centroid_scorer(leaves, decode, "l2", per_leaf=5)
+    assert asked[0] == [0, 1, 2]
+    assert (asked[1][0], asked[1][-1], len(asked[1])) == (3, 202, 5)
+    np.testing.assert_allclose(scorer.words[:, 0], [np.mean(part) for part in asked])
+    assert len(asked) == 2
+
+
+def test_matches_are_counted_leaf_by_leaf():
+    leaves = Leaves(CodeLayout((4,)), np.array([0, 1, 2]), np.array([2, 2, 2]), np.array([0, 3, 5, 9]))
+    matches = Matches.among(leaves, np.array([0, 1, 1, 0, 0, 1, 0, 0, 1], dtype=bool))
+    assert matches.positions.tolist() == [1, 2, 5, 8]
+    assert matches.counts.tolist() == [2, 0, 2]
+    assert matches.starts.tolist() == [0, 2, 2, 4]
+    assert (len(matches), matches.allowed.sum()) == (4, 4)
+
+
+def test_probes_of_some_queries():
+    probes = Probes(
+        np.array([[1, 2], [3, -1], [4, 5]]), np.array([[0.1, 0.2], [0.3, np.inf], [0.4, 0.5]]), np.arange(3)
+    )
+    some = probes.of(np.array([2, 0]))
+    assert some.leaves.tolist() == [[4, 5], [1, 2]]
+    assert some.scores.tolist() == [[0.4, 0.5], [0.1, 0.2]]
+    assert some.candidates.tolist() == [2, 0]
+
+
+@given(st.lists(st.integers(0, 60), unique=True, max_size=20), st.lists(st.integers(-5, 2_000), max_size=20))
+@pytest.mark.parametrize("last", [61, 1_900])  # a table of all rows, or, where most are gone, a search
+def test_rows_lead_to_positions(last, rows, wanted):
+    places = Places(np.array(rows, dtype=np.int64), range(last))
+    position = {row: number for number, row in enumerate(rows)}
+    assert places.of(np.array([*wanted, *rows], dtype=np.int64)).tolist() == [
+        position.get(row, -1) for row in [*wanted, *rows]
+    ]
+    later = Places(np.array(rows, dtype=np.int64) + 1_000, range(1_000, 1_000 + last))
+    assert later.of(np.array(rows, dtype=np.int64) + 1_000).tolist() == list(range(len(rows)))
+    assert (later.of(np.array([-1, 0, 999, 1_000 + last, 10_000])) == -1).all()
+    assert (places.count, places.span, later.count) == (len(rows), range(last), len(rows))

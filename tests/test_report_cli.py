@@ -120,9 +120,11 @@ def test_the_method_measures_the_items(
         codes, [WORDS] * LEVELS, vectors=vectors, codebooks=codebooks, labels={"kind": items["kind"]}, queries=50,
         bytes_per_item=size,
     )  # fmt: skip
-    assert_alike(of_index, as_json(expected))
+    assert_alike(of_index | {"drift": None}, as_json(expected))  # which only an index has
     left = vectors - sum(book[codes[:, level]] for level, book in enumerate(codebooks))
-    assert of_index["levels"][-1]["error"] == pytest.approx(np.square(left).sum(axis=1).mean(), rel=1e-4)
+    error = np.square(left).sum(axis=1).mean()
+    assert of_index["levels"][-1]["error"] == pytest.approx(error, rel=1e-4)
+    assert (of_index["drift"]["items"], of_index["drift"]["error"]) == (ROWS, pytest.approx(error, rel=1e-4))
     assert of_index["ids"]["distinct"] == len(np.unique(codes, axis=0))
 
 

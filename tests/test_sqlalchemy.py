@@ -681,7 +681,8 @@ class TestTables:
                     str(column["type"])
                 table = sa.Table(name, MetaData(), schema="main", autoload_with=connection)
                 rows = connection.execute(select(table).limit(5)).mappings().all()
-                assert [list(row) for row in rows[:1]] == [seen[name]]
+                no_rows = name in ("semid_history", "semid_map")  # no item was deleted or got another ID
+                assert [list(row) for row in rows[:1]] == ([] if no_rows else [seen[name]])
         assert seen.keys() == tables.COLUMNS.keys()
         assert seen["items"] == ["id", "number", "word"]
         assert inspector.get_pk_constraint("semid_codes")["constrained_columns"] == ["id"]

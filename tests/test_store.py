@@ -20,11 +20,12 @@ import pyarrow as pa
 import pytest
 
 import semid_index as semid
+from semid_index.appending import ItemBatch
 from semid_index.codes import CodeLayout, pack, pack_rest, unpack
 from semid_index.errors import InvalidArgumentError
 from semid_index.index import SemanticIndex
 from semid_index.records import IndexConfig, Uniqueness
-from semid_index.store import ItemBatch, Store
+from semid_index.store import Store
 
 OPTIONS: dict[str, Any] = {"dim": 24, "levels": 3, "codebook_size": 16}
 OTHER_DUCKDB = Path(__file__).resolve().parent.parent / ".duckdb-1.5"
@@ -626,3 +627,22 @@ def test_bytes_of_the_columns(trained_file):
     assert sizes["semid_vectors.v"] >= 2_000 * 24 * 4
     assert {"semid_codes.sid", "semid_codes.id", "items.word", "semid_codebook.codeword"} <= set(sizes)
     assert max(sizes.values()) <= stats["file_bytes"]
+
+
+def test_vectors_that_were_read_are_not_held_twice(tmp_path, monkeypatch):
+    path = tmp_path / "index.duckdb"
+    vectors = np.random.default_rng(0).standard_normal((30_000, 64), dtype=np.float32)
+    with semid.create(path, dim=64, levels=2, codebook_size=16) as index:
+        index.train(vectors[:2_000])
+        index.add(vectors)
+
+    def held_blocks() -> int:
+        with semid.open(path, read_only=True) as index:
+            index.search(vectors[0])
+            query = "SELECT memory_usage_bytes FROM duckdb_memory() WHERE tag = 'BASE_TABLE'"
+            return index.sql(query).fetchall()[0][0]
+
+    monkeypatch.setattr("semid_index.store._KEPT_MEMORY", 2 << 20)
+    few = held_blocks()
+    monkeypatch.setattr("semid_index.store._KEPT_MEMORY", 1 << 30)
+    assert few < vectors.nbytes / 2 < vectors.nbytes < held_blocks()

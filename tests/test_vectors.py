@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import re
 import sys
+import tempfile
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from semid_index.errors import (
     InvalidVectorsError,
     MissingDependencyError,
     SemidError,
+    StorageError,
 )
 from semid_index.vectors import VectorSource, as_queries, as_vectors, bad_rows, open_vectors, read_ids
 
@@ -504,6 +508,58 @@ def test_arrays_are_wrapped_without_a_copy(array: NDArray[Any]) -> None:
     if array is FLOATS:
         assert all(np.shares_memory(batch, FLOATS) for batch in source.batches(3))
         assert np.shares_memory(source.sample(ROWS, seed=0), FLOATS)
+
+
+def test_batches_of_a_generator_are_read_once_and_kept_in_a_file() -> None:
+    matrix = np.arange(70, dtype=np.float64).reshape(10, 7)
+    given: list[int] = []
+
+    def batches() -> Iterator[Any]:
+        for part in (matrix[:4], matrix[4:4], matrix[4:9].tolist(), pa.array(matrix[9:].tolist())):
+            given.append(len(part))
+            yield part
+
+    source = open_vectors(batches())
+    assert (source.rows, source.dim, given) == (10, 7, [4, 0, 5, 1])
+    for _ in range(2):
+        assert np.array_equal(np.concatenate(list(source.batches(3))), matrix)
+    assert np.array_equal(source.sample(10, seed=0), matrix)
+    reader = pa.table({"v": pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), 7)}).to_reader(4)
+    assert np.array_equal(next(open_vectors(reader).batches(99)), matrix)
+
+
+@pytest.mark.parametrize(
+    ("batches", "says"),
+    [
+        ([], "there were no rows"),
+        ([np.ones((0, 3))], "there were no rows"),
+        ([np.ones((2, 3)), np.ones((1, 4))], "row 2 has 4 values where 3 are expected"),
+        ([np.ones((2, 3)), np.ones(3)], r"from row 2: shape \(3,\), but \(n, dim\)"),
+        (["a line of text"], "text"),
+    ],
+)
+def test_a_generator_that_gives_no_batches_is_refused(batches: list[Any], says: str) -> None:
+    with pytest.raises(InvalidVectorsError, match=says):
+        open_vectors(iter(batches))
+
+
+def test_what_a_generator_raises_is_raised(tmp_path: Path) -> None:
+    def batches() -> Iterator[Any]:
+        yield np.ones((2, 3))
+        raise KeyError("its own error")
+
+    with pytest.raises(KeyError, match="its own error"):
+        open_vectors(batches())
+
+
+def test_no_room_for_what_a_generator_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FullDisk(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", FullDisk)
+    with pytest.raises(StorageError, match=r"No space left on device\. Make room there, or set TMPDIR"):
+        open_vectors(iter([np.ones((2, 3))]))
 
 
 def test_tables_are_wrapped_without_a_copy() -> None:

@@ -30,7 +30,7 @@ from semid_index.errors import InvalidArgumentError
 from semid_index.hookspecs import hookimpl
 from semid_index.quantizer import Codes, Quantizer, Vectors
 from semid_index.quantizers.kmeans import kmeans
-from semid_index.quantizers.rq import ResidualKMeans
+from semid_index.quantizers.rq import REFIT_ITERATIONS, ResidualKMeans
 from semid_index.vectors import as_vectors
 
 _START_ITERATIONS = 10  # of plain k-means, before balancing
@@ -157,6 +157,12 @@ class BalancedResidualKMeans(ResidualKMeans):
         """The means of balanced clusters: (size, dim)."""
         centroids, _ = balanced_kmeans(residuals, size, seed=seed, iterations=self.iterations, report=report)
         return centroids
+
+    def _continue_level(
+        self, residuals: Vectors, start: Vectors, seed: int, report: Callable[[int, int], None]
+    ) -> Vectors:
+        """The means of balanced clusters near to earlier ones: (size, dim)."""
+        return _Market(start).balance(residuals, REFIT_ITERATIONS, _Schedule(REFIT_ITERATIONS, report)).centroids
 
     def encode_within(self, vectors: Vectors, counts: Sequence[NDArray[np.int64]]) -> Codes:
         """The codes (n, levels) of a batch (n, dim), such that no code of any level gets more than its capacity.

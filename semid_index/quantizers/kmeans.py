@@ -1,4 +1,4 @@
-"""k-means and nearest codewords, both by FAISS."""
+"""k-means and nearest codewords, both by FAISS; k-means on a GPU within :func:`clustering_on`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from semid_index.errors import MissingDependencyError
+from semid_index.errors import DeviceError, MissingDependencyError
 from semid_index.quantizer import Vectors
 
 _POINTS_PER_CODEWORD = 256  # k-means learns a codebook of K words from at most 256 K points
@@ -71,12 +74,15 @@ def kmeans(
         clustering = faiss.ProgressiveDimClustering(dim, size)
         clustering.progressive_dim_steps = _PROGRESSIVE_STEPS
         _configure(clustering, seed, max(1, round(iterations / passes)))
-        clustering.train(len(points), faiss.swig_ptr(np.ascontiguousarray(points)), faiss.ProgressiveDimIndexFactory())
+        points = np.ascontiguousarray(points)
+        with _index_factory(faiss) as factory:
+            clustering.train(len(points), faiss.swig_ptr(points), factory)
     else:
         clustering = faiss.Clustering(dim, size)
         clustering.init_method = _start(faiss, size)
         _configure(clustering, seed, iterations)
-        clustering.train(points, faiss.IndexFlatL2(dim))
+        with _flat_index(faiss, dim) as index:
+            clustering.train(points, index)
     if report is not None:
         report(1, 1)
     return _centroids(clustering)
@@ -88,8 +94,87 @@ def lloyd(points: Vectors, start: Vectors, *, seed: int, iterations: int) -> Vec
     clustering = faiss.Clustering(points.shape[1], len(start))
     _configure(clustering, seed, iterations)
     faiss.copy_array_to_vector(np.ascontiguousarray(start, dtype=np.float32).ravel(), clustering.centroids)
-    clustering.train(points, faiss.IndexFlatL2(points.shape[1]))
+    with _flat_index(faiss, points.shape[1]) as index:
+        clustering.train(points, index)
     return _centroids(clustering)
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _TrainingGpu:
+    """A GPU that k-means finds nearest centroids on."""
+
+    number: int
+    clusterings: int = 0
+    """How many it was used for."""
+
+
+_training_gpu: ContextVar[_TrainingGpu | None] = ContextVar("training_gpu", default=None)
+_ON_GPU = Lock()  # its memory for intermediate results serves one at a time
+
+
+@contextmanager
+def clustering_on(gpu: int | None) -> Iterator[None]:
+    """k-means on this GPU, within this thread; None for the CPU. Quantizers need not know."""
+    token = _training_gpu.set(None if gpu is None else _TrainingGpu(gpu))
+    try:
+        yield
+    finally:
+        _training_gpu.reset(token)
+
+
+def training_device() -> str:
+    """Where k-means ran so far within :func:`clustering_on`: "cuda:0", or "cpu" if on no GPU."""
+    gpu = _training_gpu.get()
+    return f"cuda:{gpu.number}" if gpu is not None and gpu.clusterings else "cpu"
+
+
+def worker_start() -> Callable[[], None]:
+    """What a thread is to call first that runs k-means for this one: one FAISS thread each, and the same GPU."""
+    faiss, gpu = import_faiss(), _training_gpu.get()
+
+    def start() -> None:
+        faiss.omp_set_num_threads(1)
+        _training_gpu.set(gpu)
+
+    return start
+
+
+@contextmanager
+def _flat_index(faiss: Any, dim: int) -> Iterator[Any]:
+    """What finds the nearest centroids for FAISS's k-means."""
+    gpu = _training_gpu.get()
+    if gpu is None:
+        yield faiss.IndexFlatL2(dim)
+        return
+    with _ON_GPU:
+        resources, config = faiss.StandardGpuResources(), faiss.GpuIndexFlatConfig()
+        config.device = gpu.number
+        index = faiss.GpuIndexFlatL2(resources, dim, config)
+        yield index
+        if not type(index).__name__.startswith("GpuIndex"):
+            raise DeviceError(f"FAISS made a {type(index).__name__} where an index on GPU {gpu.number} was asked for.")
+        gpu.clusterings += 1
+
+
+@contextmanager
+def _index_factory(faiss: Any) -> Iterator[Any]:
+    """The same for a number of dimensions that grows."""
+    gpu = _training_gpu.get()
+    if gpu is None:
+        yield faiss.ProgressiveDimIndexFactory()
+        return
+    with _ON_GPU:
+        factory = faiss.GpuProgressiveDimIndexFactory(1)
+        if gpu.number:  # it counts from 0
+            factory.devices.clear()
+            factory.devices.push_back(gpu.number)
+        yield factory
+        if not factory.ncall:
+            raise DeviceError(f"k-means was to run on GPU {gpu.number}, and FAISS did not use it.")
+        gpu.clusterings += 1
 
 
 def _centroids(clustering: Any) -> Vectors:

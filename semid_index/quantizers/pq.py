@@ -20,7 +20,7 @@ import numpy as np
 from semid_index.errors import InvalidArgumentError, InvalidVectorsError
 from semid_index.hookspecs import hookimpl
 from semid_index.quantizer import Codes, Quantizer, Vectors
-from semid_index.quantizers.kmeans import import_faiss, kmeans
+from semid_index.quantizers.kmeans import import_faiss, kmeans, worker_start
 from semid_index.quantizers.rq import MAX_LEVELS, sizes_per_level
 from semid_index.vectors import as_vectors
 
@@ -86,7 +86,7 @@ class ProductQuantization(Quantizer):
         self.report_progress(0, self.levels, "sub-vectors")
         # OpenMP keeps the number of threads per thread: setting it in the workers leaves the caller's as it is.
         workers = min(self.levels, faiss.omp_get_max_threads())
-        with ThreadPoolExecutor(workers, initializer=faiss.omp_set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(workers, initializer=worker_start()) as pool:
             for words in pool.map(train, range(self.levels), columns):
                 trained.append(words)
                 self.report_progress(len(trained), self.levels, "sub-vectors")

@@ -24,7 +24,7 @@ from semid_index.errors import InvalidArgumentError, InvalidVectorsError
 from semid_index.hookspecs import hookimpl
 from semid_index.quantizer import Codes, Quantizer, Vectors
 from semid_index.quantizers.beam import check_beam, choose_codes
-from semid_index.quantizers.kmeans import kmeans, nearest
+from semid_index.quantizers.kmeans import kmeans, lloyd, nearest
 from semid_index.quantizers.refine import left_over, mean_error, refine_codebooks
 from semid_index.records import Refinement
 from semid_index.vectors import as_vectors
@@ -34,6 +34,7 @@ log = logging.getLogger("semid_index")
 _ENCODE_BATCH = 16_384  # rows whose residuals are held at once: 25 MB at 384 dimensions
 _REFINE_BEAM = 5  # with which rows are encoded again while codebooks are refined
 _LEAST_SCALE = np.float32(1e-6)
+REFIT_ITERATIONS = 5  # of k-means when learning on (docs/decisions/0013)
 MAX_LEVELS = 64
 
 
@@ -104,6 +105,22 @@ class ResidualKMeans(Quantizer):
 
     def fit(self, vectors: Vectors, *, seed: int = 0) -> Self:
         """Learn one codebook after the other, each on what the ones before it leave over; then refine them."""
+        rows = self._checked_rows(vectors)
+        codebooks, learned = self._learn(rows, seed)
+        return self._keep([codebook[bisection_order(codebook)] for codebook in codebooks], learned)
+
+    def refit(self, vectors: Vectors, *, seed: int = 0) -> Self:
+        """Learn on from the codebooks that it has, which keep their order, so that most vectors keep their codes.
+
+        A few iterations of k-means (docs/decisions/0013): more would lower the error a little, and move more vectors.
+        """
+        rows = self._checked_rows(vectors)
+        start = self._trained()
+        if self.normalize_residuals:
+            start = [codebook / scale for codebook, scale in zip(start, self.state()["scales"], strict=True)]
+        return self._keep(*self._learn(rows, seed, start))
+
+    def _checked_rows(self, vectors: Vectors) -> Vectors:
         rows = as_vectors(vectors, what="training vectors")
         if len(rows) < max(self.codebook_sizes):
             raise InvalidVectorsError(
@@ -111,22 +128,27 @@ class ResidualKMeans(Quantizer):
                 f"{max(self.codebook_sizes)}, got n_samples = {len(rows)}. "
                 "Give more vectors or a smaller codebook_size."
             )
-        codebooks, codes = self._train_levels(rows, seed)
-        learned: dict[str, NDArray[Any]] = {}
+        return rows
+
+    def _learn(
+        self, rows: Vectors, seed: int, start: Sequence[Vectors] | None = None
+    ) -> tuple[list[Vectors], dict[str, NDArray[Any]]]:
+        """One codebook for each level, all refined if that is wanted, and what else there is to keep."""
+        codebooks, codes = self._train_levels(rows, seed, start)
         self.refinement = None
         if self.refine:
             codebooks = self._refined(codebooks, rows)
-        if self.normalize_residuals:
-            scales = _best_scales(rows, codebooks, codes)
-            codebooks = [codebook * scale for codebook, scale in zip(codebooks, scales, strict=True)]
-            learned["scales"] = scales
-        self.learned = learned | {
-            f"codebook_{level}": codebook[bisection_order(codebook)] for level, codebook in enumerate(codebooks, 1)
-        }
+        if not self.normalize_residuals:
+            return codebooks, {}
+        scales = _best_scales(rows, codebooks, codes)
+        return [codebook * scale for codebook, scale in zip(codebooks, scales, strict=True)], {"scales": scales}
+
+    def _keep(self, codebooks: Sequence[Vectors], learned: dict[str, NDArray[Any]]) -> Self:
+        self.learned = learned | {f"codebook_{level}": codebook for level, codebook in enumerate(codebooks, 1)}
         return self
 
-    def _train_levels(self, rows: Vectors, seed: int) -> tuple[list[Vectors], Codes]:
-        """One codebook after the other, and the greedy codes of the rows."""
+    def _train_levels(self, rows: Vectors, seed: int, start: Sequence[Vectors] | None) -> tuple[list[Vectors], Codes]:
+        """One codebook after the other, from given ones if there are any, and the greedy codes of the rows."""
         residuals = rows.copy()
         codebooks: list[Vectors] = []
         codes = np.empty((len(rows), self.levels), dtype=np.int32)
@@ -138,14 +160,27 @@ class ResidualKMeans(Quantizer):
 
             if self.normalize_residuals:
                 residuals = _unit(residuals)
-            codebooks.append(self._train_level(residuals, size, seed + level, report))
-            codes[:, level] = nearest(residuals, codebooks[-1])
-            residuals -= codebooks[-1][codes[:, level]]
+            if start is None:
+                codebook = self._train_level(residuals, size, seed + level, report)
+            else:
+                codebook = self._continue_level(residuals, start[level], seed + level, report)
+            codebooks.append(codebook)
+            codes[:, level] = nearest(residuals, codebook)
+            residuals -= codebook[codes[:, level]]
         return codebooks, codes
 
     def _train_level(self, residuals: Vectors, size: int, seed: int, report: Callable[[int, int], None]) -> Vectors:
         """The codebook of one level: (size, dim)."""
         return kmeans(residuals, size, seed=seed, iterations=self.iterations, report=report)
+
+    def _continue_level(
+        self, residuals: Vectors, start: Vectors, seed: int, report: Callable[[int, int], None]
+    ) -> Vectors:
+        """The codebook of one level, near to an earlier one: (size, dim)."""
+        report(0, 1)
+        codebook = lloyd(residuals, start, seed=seed, iterations=REFIT_ITERATIONS)
+        report(1, 1)
+        return codebook
 
     def _refined(self, codebooks: list[Vectors], rows: Vectors) -> list[Vectors]:
         """The codebooks after refining all but those of the first ``prefix_levels``."""

@@ -75,6 +75,11 @@ class Tail:
         ]
         return np.concatenate(parts)
 
+    def decode(self, codes: NDArray[np.uint8]) -> Vectors:
+        """What codes stand for: (n, parts / 2) in, (n, padded_dim) out."""
+        decoded: Vectors = self.quantizer().decode(np.ascontiguousarray(codes))
+        return decoded
+
 
 def pad(vectors: Vectors, dim: int) -> Vectors:
     """The vectors with zeros appended up to ``dim`` dimensions; the same array if there is nothing to append."""

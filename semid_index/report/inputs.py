@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semid_index.errors import InvalidArgumentError, InvalidIdsError
+from semid_index.lookup import Places
 from semid_index.quantizer import Codes, Vectors
 from semid_index.rerank import MemoryVectors
 from semid_index.store import Store
@@ -28,9 +29,8 @@ class StoredVectors(VectorSource):
 
     def __init__(self, store: Store) -> None:
         rows = np.sort(store.codes().rows)
-        positions = np.full(int(rows.max(initial=-1)) + 1, -1, dtype=np.int64)
-        positions[rows] = np.arange(len(rows))
-        self._vectors = MemoryVectors.load(store, positions, store.config.metric)
+        places = Places(rows, range(store.next_row))
+        self._vectors = MemoryVectors.load(store, places, store.config.metric)
         self.rows, self.dim = len(rows), store.config.dim
         self.description = "stored vectors"
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from semid_index.errors import InvalidArgumentError
-from semid_index.records import Metric
+from semid_index.records import Drift, Metric
 
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -192,6 +192,8 @@ class QualityReport(Figures):
     codebooks_estimated: bool = False
     """Whether codewords were estimated from the vectors, because none were given."""
     metric: Metric = "l2"
+    drift: Drift | None = None
+    """How the items of an index compare with those its codebooks were learned from; None for IDs without an index."""
 
     def values(self) -> dict[str, float]:
         """Every figure that there is, under the name by which a requirement may ask for it.
@@ -200,7 +202,7 @@ class QualityReport(Figures):
         ... of levels; ``error`` and ``relative_error`` after the last; ``held_out_relative_error`` likewise;
         ``recall@10``, ``jaccard@10``, ``rbo@10``, ``probe_recall@0.01``; ``section.purity_2``, ``section.nmi_2``,
         ``section.lift_2`` of labels, and without the label's name if there is one label only; ``churn_1``,
-        ``unaligned_churn_1``; ``reduction``, ``code_bytes`` ... of memory.
+        ``unaligned_churn_1``; ``drift_error_ratio``; ``reduction``, ``code_bytes`` ... of memory.
         """
         found: dict[str, float | None] = {**asdict(self.ids), **_level_values(self.levels, "")}
         found |= _level_values(self.held_out, "held_out_")
@@ -212,6 +214,7 @@ class QualityReport(Figures):
         found |= _neighbour_values(self.neighbours) if self.neighbours else {}
         found |= asdict(self.memory) if self.memory else {}
         found |= _churn_values(self.churn) if self.churn else {}
+        found |= {"drift_error_ratio": self.drift.error_ratio} if self.drift else {}
         return {name: value for name, value in found.items() if value is not None}
 
     def value(self, name: str) -> float:

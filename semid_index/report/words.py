@@ -85,6 +85,8 @@ def summary(report: QualityReport) -> list[str]:
             f"Of {report.churn.common:,} items that the earlier version has too, {percent(changed)} changed their ID, "
             "even if codes are renamed to fit best."
         )
+    if report.drift is not None and report.drift.due:
+        sentences.append(report.drift.reason)
     return sentences
 
 

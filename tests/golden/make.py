@@ -1,9 +1,9 @@
-"""Wrote the files in ``v1/``: indexes of format 1, and what was found in them.
+"""Writes the files in ``v1/``, ``v2/``, ...: indexes of each format, and what was found in them.
 
-They are a promise: whatever is written later has to read these. So do not run this again once format 1 is released;
-a new format gets a folder and a script of its own.
+They are a promise: whatever is written later has to read these. So this writes a folder for a new format, and never
+into one that is there.
 
-    python tests/golden/make_v1.py
+    python tests/golden/make.py
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 import semid_index as semid
 from semid_index.index import SemanticIndex
+from semid_index.tables import FORMAT_VERSION
 
-FOLDER = Path(__file__).resolve().parent / "v1"
+FOLDER = Path(__file__).resolve().parent / f"v{FORMAT_VERSION}"
 ROWS, DIM, K = 300, 8, 5
 
 INDEXES: dict[str, dict[str, Any]] = {
@@ -89,7 +90,7 @@ def has_prefixes(index: SemanticIndex) -> bool:
 
 
 def write(name: str) -> None:
-    """Write ``v1/<name>.duckdb.gz`` and ``v1/<name>.json``."""
+    """Write ``<name>.duckdb.gz`` and ``<name>.json``."""
     queries = points(ROWS + 10)[ROWS:]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "index.duckdb"
@@ -101,6 +102,6 @@ def write(name: str) -> None:
 
 
 if __name__ == "__main__":
-    FOLDER.mkdir(exist_ok=True)
+    FOLDER.mkdir()
     for each in INDEXES:
         write(each)

@@ -1,0 +1,67 @@
+"""A whole database, table by table, into a new one that is attached beside it.
+
+What is there is found out, not listed: the user's own tables, views and macros come along, and so do tables that later
+versions add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from graphlib import TopologicalSorter
+
+from semid_index.tables import Execute, quoted
+
+_Table = tuple[str, str]  # schema and name
+
+_ID_COLUMNS = ("sid", "sid_rest", "row")
+_OURS = "semid_"
+
+
+def copy_database(execute: Execute, source: str, target: str, *, plain: Collection[str] = ()) -> None:
+    """Copy all tables, views, macros, types, sequences and indexes into the empty database ``target``.
+
+    Tables of ours with IDs are sorted by them; all others keep their order. Those that are ``plain`` are not
+    compressed, as far as they are written before the transaction ends, in which this is to be called.
+    """
+    execute(f"COPY FROM DATABASE {quoted(source)} TO {quoted(target)} (SCHEMA)")
+    for schema, table in _tables(execute, source):
+        columns = _columns(execute, source, schema, table)
+        listed = ", ".join(map(quoted, columns))
+        names = [f"{quoted(database)}.{quoted(schema)}.{quoted(table)}" for database in (target, source)]
+        has_ids = table.startswith(_OURS) and "sid" in columns
+        order = f" ORDER BY {', '.join(name for name in _ID_COLUMNS if name in columns)}" if has_ids else ""
+        execute(f"SET force_compression = '{'uncompressed' if table in plain else 'auto'}'")
+        execute(f"INSERT INTO {names[0]} ({listed}) SELECT {listed} FROM {names[1]}{order}")
+
+
+def _tables(execute: Execute, database: str) -> list[_Table]:
+    """All tables, each after those that its foreign keys speak of."""
+    of_database = f"database_name = {_literal(database)}"
+    found = execute(
+        f"SELECT schema_name, table_name FROM duckdb_tables() WHERE {of_database} AND NOT internal"
+    ).fetchall()
+    needs: dict[_Table, set[_Table]] = {table: set() for table in sorted(found)}
+    keys = execute(
+        "SELECT schema_name, table_name, referenced_table FROM duckdb_constraints() "
+        f"WHERE {of_database} AND constraint_type = 'FOREIGN KEY'"
+    ).fetchall()
+    for schema, table, other in keys:
+        if other != table:
+            needs[schema, table].add((schema, other))
+    return list(TopologicalSorter(needs).static_order())
+
+
+def _columns(execute: Execute, database: str, schema: str, table: str) -> list[str]:
+    """The columns that can be written: all but those that are computed."""
+    name = f"{quoted(database)}.{quoted(schema)}.{quoted(table)}"
+    defaults = {column: default for column, _, _, _, default, _ in execute(f"DESCRIBE {name}").fetchall()}
+    known = execute(
+        f"SELECT column_name, column_default FROM duckdb_columns() WHERE database_name = {_literal(database)} "
+        f"AND schema_name = {_literal(schema)} AND table_name = {_literal(table)} ORDER BY column_index"
+    ).fetchall()
+    # DuckDB lists what computes a column as its default in one place, and not in the other
+    return [column for column, default in known if default is None or defaults[column] is not None]
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

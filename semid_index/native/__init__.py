@@ -1,0 +1,431 @@
+"""The native scan: everything between a query and its hits in one call of compiled code.
+
+It is optional. A C++ compiler that is there at installation makes ``libsemid_scan.so`` (see ``hatch_build.py``), which
+this module loads with ctypes; where it is missing, or ``SEMID_NATIVE=0`` is set, FAISS does the scanning.
+``SEMID_NATIVE=plain``, ``avx2`` or ``avx512`` asks for one of its kernels; by default the best that the processor has
+is taken.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LIBRARY = Path(__file__).parent / "libsemid_scan.so"
+KERNELS = ("plain", "avx2", "avx512")
+_ABI = 1
+_DTYPES = {"float32": 1, "float16": 2, "int8": 3}
+_METRICS = {"l2": 0, "cosine": 1, "ip": 2}
+_TILE = 256  # queries whose products are held at once
+
+_Pointer = ctypes.c_void_p
+_Int32, _Int64, _Float = ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+
+
+class _Parts(ctypes.Structure):
+    """``semid_parts`` of scan.cpp."""
+
+    _fields_ = (
+        ("items", _Int64),
+        *(
+            (name, _Int32)
+            for name in ("metric", "dim", "leaves", "terms", "zero_column", "parts", "width", "heads", "dtype")
+        ),
+        *(
+            (name, _Pointer)
+            for name in (
+                "starts",
+                "leaf_constants",
+                "leaf_terms",
+                "first_codes",
+                "first_constants",
+                "head_codes",
+                "head_columns",
+                "head_sizes",
+                "tail_codes",
+                "codebooks",
+                "scalars",
+            )
+        ),
+        ("factor", _Float),
+        ("vectors", _Pointer),
+        ("scale", _Pointer),
+    )
+
+
+class _Request(ctypes.Structure):
+    """``Request`` of scan.h."""
+
+    _fields_ = (
+        ("queries", _Int64),
+        ("vectors", _Pointer),
+        ("rotated", _Pointer),
+        ("products", _Pointer),
+        ("columns", _Int64),
+        ("goal", _Int64),
+        ("least_leaves", _Int64),
+        ("given", _Pointer),
+        ("given_width", _Int64),
+        ("counts", _Pointer),
+        ("allowed", _Pointer),
+        ("keep", _Int64),
+        ("k", _Int64),
+        ("positions", _Pointer),
+        ("distances", _Pointer),
+        ("candidates", _Pointer),
+        ("opened", _Pointer),
+        ("shown", _Int64),
+        ("shown_leaves", _Pointer),
+        ("shown_scores", _Pointer),
+        ("seconds", _Pointer),
+        ("threads", _Int32),
+        ("isa", _Int32),
+    )
+
+
+class _Encoding(ctypes.Structure):
+    """``Encoding`` of scan.h."""
+
+    _fields_ = (
+        ("items", _Int64),
+        *((name, _Int32) for name in ("parts", "width", "levels")),
+        *(
+            (name, _Pointer)
+            for name in ("rotated", "lengths", "columns", "words", "centre", "codebooks", "codes", "scalars")
+        ),
+    )
+
+
+class _Training(ctypes.Structure):
+    """``Training`` of scan.h."""
+
+    _fields_ = (
+        ("items", _Int64),
+        *((name, _Int32) for name in ("parts", "width", "iterations")),
+        ("points", _Pointer),
+        ("codebooks", _Pointer),
+    )
+
+
+@cache
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    if not LIBRARY.exists():
+        return "it was not built: no C++ compiler was found when semid-index was installed"
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        library.semid_abi.restype = _Int32
+        if library.semid_abi() != _ABI:
+            return "it was built from another version"
+        library.semid_new.restype, library.semid_new.argtypes = _Pointer, [_Pointer]
+        library.semid_free.restype, library.semid_free.argtypes = None, [_Pointer]
+        library.semid_bytes.restype, library.semid_bytes.argtypes = _Int64, [_Pointer]
+        library.semid_search.restype, library.semid_search.argtypes = _Int32, [_Pointer, _Pointer]
+        library.semid_encode.restype, library.semid_encode.argtypes = _Int32, [_Pointer, _Int32, _Int32]
+        library.semid_train.restype, library.semid_train.argtypes = _Int32, [_Pointer, _Int32, _Int32]
+        library.semid_best_isa.restype = _Int32
+    except (OSError, AttributeError) as error:
+        return f"it cannot be loaded: {error}"
+    return library
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _load()
+    if isinstance(library, str):
+        raise RuntimeError(f"There is no native scan: {library}.")
+    return library
+
+
+def unavailable_because() -> str | None:
+    """Why there is no native scan; None if there is one."""
+    if os.environ.get("SEMID_NATIVE") == "0":
+        return "SEMID_NATIVE=0 switches it off"
+    library = _load()
+    return library if isinstance(library, str) else None
+
+
+def kernel_name() -> str:
+    """The kernel in use: the best that the processor has, or the one that ``SEMID_NATIVE`` asks for."""
+    library = _loaded()
+    best: int = library.semid_best_isa()
+    asked = os.environ.get("SEMID_NATIVE", "")
+    return KERNELS[min(KERNELS.index(asked), best) if asked in KERNELS else best]
+
+
+@dataclass(frozen=True)
+class ScanParts:
+    """What a native index is made of. The *products* of a query are its products with ``words``, in their order."""
+
+    metric: str
+    starts: NDArray[np.int64]
+    """(n_leaves + 1,) leaf i holds the items ``starts[i]`` to ``starts[i + 1]``."""
+    words: NDArray[np.float32]
+    """(columns, width of a rotated query)"""
+    leaf_terms: NDArray[np.int32]
+    """(terms, n_leaves) The score of a leaf is its constant and the products of its terms; ``zero_column`` for none."""
+    zero_column: int
+    """A column of words that are all 0."""
+    leaf_constants: NDArray[np.float32]
+    """(n_leaves,)"""
+    rotation: NDArray[np.float32] | None
+    """(dim, parts * width) None: queries are padded with zeros instead."""
+    centre: NDArray[np.float32]
+    """(dim,) subtracted from queries."""
+    codebooks: NDArray[np.float32]
+    """(parts, 16, width)"""
+    tail_codes: NDArray[np.uint8]
+    """(n, ceil(parts / 2)) two codes per byte, the first in the lower half."""
+    first_codes: NDArray[np.int32] | None
+    """(n,) the column of each item's first codeword, in the order of the leaves."""
+    first_constants: NDArray[np.float32] | None
+    """(columns,) subtracted from ``scalars`` already"""
+    head_codes: NDArray[np.uint8]
+    """(n, heads) further codes."""
+    head_columns: NDArray[np.int32]
+    """(heads,) the column of code 0 of each."""
+    head_sizes: NDArray[np.int32]
+    """(heads,) codewords of each, at most 256."""
+    scalars: NDArray[np.float32] | None
+    """(n,) what is added whatever the query."""
+    factor: float
+    """Of all products: -2 for squared distances, -1 for inner products."""
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What a native search found."""
+
+    positions: NDArray[np.int64]
+    """(q, k) padded with -1"""
+    distances: NDArray[np.float32]
+    """(q, k) padded with inf"""
+    candidates: NDArray[np.int64]
+    """(q,) items in the opened leaves."""
+    opened: NDArray[np.int64]
+    """(q,) leaves opened."""
+    leaves: NDArray[np.int64]
+    """(q, shown) the first of them, best first, padded with -1."""
+    scores: NDArray[np.float32]
+    """(q, shown) theirs"""
+    seconds: NDArray[np.float64]
+    """(3,) of all threads together: choosing leaves, scanning, re-ranking."""
+
+
+class NativeIndex:
+    """Codes and vectors laid out for the native scan."""
+
+    def __init__(
+        self, parts: ScanParts, dim: int, vectors: NDArray[Any] | None, scale: NDArray[np.float32] | None
+    ) -> None:
+        library = self._library = _loaded()
+        self._dim, self._parts = dim, parts
+        self._words = np.ascontiguousarray(np.float32(parts.factor) * parts.words.T)
+        self._codebooks = np.ascontiguousarray(parts.codebooks.transpose(0, 2, 1))
+        self._width = parts.codebooks.shape[0] * parts.codebooks.shape[2]
+        self.reranks = vectors is not None
+        # all that the library keeps pointers to stays alive with self
+        self._held = [
+            _contiguous(array, dtype)
+            for array, dtype in (
+                (parts.head_columns, np.int32),
+                (parts.head_sizes, np.int32),
+                (vectors, None),
+                (scale, np.float32),
+            )
+        ]
+        once = [
+            _contiguous(array, dtype)
+            for array, dtype in (
+                (parts.starts, np.int64),
+                (parts.leaf_constants, np.float32),
+                (parts.leaf_terms, np.int32),
+                (parts.first_codes, np.int32),
+                (parts.first_constants, np.float32),
+                (parts.head_codes, np.uint8),
+                (parts.tail_codes, np.uint8),
+                (parts.scalars, np.float32),
+            )
+        ]
+        columns, sizes, rows, scales = map(_pointer, self._held)
+        starts, constants, terms, first, shared, heads, tail, scalars = map(_pointer, once)
+        config = _Parts(
+            items=int(parts.starts[-1]),
+            metric=_METRICS[parts.metric],
+            dim=dim,
+            leaves=len(parts.leaf_constants),
+            terms=len(parts.leaf_terms),
+            zero_column=parts.zero_column,
+            parts=parts.codebooks.shape[0],
+            width=parts.codebooks.shape[2],
+            heads=len(parts.head_sizes),
+            dtype=0 if vectors is None else _DTYPES[str(vectors.dtype)],
+            starts=starts,
+            leaf_constants=constants,
+            leaf_terms=terms,
+            first_codes=first,
+            first_constants=shared,
+            head_codes=heads,
+            head_columns=columns,
+            head_sizes=sizes,
+            tail_codes=tail,
+            codebooks=self._codebooks.ctypes.data,
+            scalars=scalars,
+            factor=parts.factor,
+            vectors=rows,
+            scale=scales,
+        )
+        self._handle = library.semid_new(ctypes.byref(config))
+        if not self._handle:
+            raise MemoryError("There is not enough memory for the codes of all items.")
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.semid_free(self._handle)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, without the vectors."""
+        held = sum(array.nbytes for array in self._held[:2] if array is not None)
+        return int(self._library.semid_bytes(self._handle)) + self._words.nbytes + self._codebooks.nbytes + held
+
+    def search(
+        self,
+        queries: NDArray[np.float32],
+        *,
+        k: int | None,
+        keep: int,
+        goal: int = 0,
+        least_leaves: int = 1,
+        leaves: NDArray[np.int64] | None = None,
+        counts: NDArray[np.integer] | None = None,
+        allowed: NDArray[np.bool_] | None = None,
+        shown: int = 0,
+        threads: int = 1,
+    ) -> Scanned:
+        """The k nearest of the best ``keep`` of a scan, by exact distances.
+
+        ``k=None``: all that the scan kept, by its own. Leaves are opened until they hold ``goal`` items and are
+        ``least_leaves`` many; or those in ``leaves`` (q, p), padded with -1. ``allowed`` (n,): the items that may be
+        found; ``counts`` (n_leaves,): how many each leaf holds of them.
+        """
+        count, width = len(queries), k or keep
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        found = Scanned(
+            np.empty((count, width), dtype=np.int64),
+            np.empty((count, width), dtype=np.float32),
+            np.empty(count, dtype=np.int64),
+            np.empty(count, dtype=np.int64),
+            np.empty((count, shown), dtype=np.int64),
+            np.empty((count, shown), dtype=np.float32),
+            np.zeros(3),
+        )
+        given = None if leaves is None else np.ascontiguousarray(leaves, dtype=np.int64)
+        isa = KERNELS.index(kernel_name())
+        counted = _contiguous(counts, np.int32)
+        permitted = None if allowed is None else np.ascontiguousarray(allowed).view(np.uint8)
+        for start in range(0, count, _TILE):
+            tile = slice(start, start + _TILE)
+            part = queries[tile]
+            rotated = self._rotated(part)
+            products = rotated @ self._words
+            request = _Request(
+                queries=len(part),
+                vectors=part.ctypes.data,
+                rotated=rotated.ctypes.data,
+                products=products.ctypes.data,
+                columns=products.shape[1],
+                goal=goal,
+                least_leaves=least_leaves,
+                given=None if given is None else given[tile].ctypes.data,
+                given_width=0 if given is None else given.shape[1],
+                counts=_pointer(counted),
+                allowed=_pointer(permitted),
+                keep=keep,
+                k=k or 0,
+                positions=found.positions[tile].ctypes.data,
+                distances=found.distances[tile].ctypes.data,
+                candidates=found.candidates[tile].ctypes.data,
+                opened=found.opened[tile].ctypes.data,
+                shown=shown,
+                shown_leaves=found.leaves[tile].ctypes.data,
+                shown_scores=found.scores[tile].ctypes.data,
+                seconds=found.seconds.ctypes.data,
+                threads=threads,
+                isa=isa,
+            )
+            if self._library.semid_search(self._handle, ctypes.byref(request)):
+                raise MemoryError("There is not enough memory for this search.")
+        return found
+
+    def _rotated(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Queries in the space of the tail: (q, dim) in, (q, parts * width) out."""
+        centred = queries - self._parts.centre
+        if self._parts.rotation is None:
+            missing = self._width - centred.shape[1]
+            return np.ascontiguousarray(np.pad(centred, ((0, 0), (0, missing))) if missing else centred)
+        return (centred @ self._parts.rotation).astype(np.float32, copy=False)
+
+
+def train(
+    points: NDArray[np.float32], begin: NDArray[np.float32], *, iterations: int, threads: int
+) -> NDArray[np.float32]:
+    """16 codewords for each part by k-means: points (n, parts, width), first words (parts, 16, width); better ones."""
+    library = _loaded()
+    points = np.ascontiguousarray(points, dtype=np.float32)
+    words = np.ascontiguousarray(begin.transpose(0, 2, 1), dtype=np.float32)
+    training = _Training(len(points), *points.shape[1:], iterations, points.ctypes.data, words.ctypes.data)
+    if library.semid_train(ctypes.byref(training), threads, KERNELS.index(kernel_name())):
+        raise MemoryError("There is not enough memory to learn codewords.")
+    return np.ascontiguousarray(words.transpose(0, 2, 1))
+
+
+def encode(
+    rotated: NDArray[np.float32],
+    lengths: NDArray[np.float32],
+    columns: NDArray[np.int32],
+    words: NDArray[np.float32],
+    centre: NDArray[np.float32],
+    codebooks: NDArray[np.float32],
+    *,
+    threads: int,
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """4-bit codes (n, ceil(parts / 2)) of what words leave over of vectors, and what belongs to them: (n,).
+
+    A rotated vector (n, parts * width) less the ``words`` in its ``columns`` (n, levels), and plus ``centre``, is cut
+    into parts; each gets the number of the nearest of its 16 codewords. The scalar of an item, which becomes that of
+    :class:`ScanParts`, is ``|x'|^2 + |x - x'|^2``, x' being what the item's words and codes stand for: with it, errors
+    of the codes do not make items look nearer than they are. ``lengths`` (n,): squared, of the vectors before rotation.
+    """
+    library = _loaded()
+    codes = np.empty((len(rotated), -(-len(codebooks) // 2)), dtype=np.uint8)
+    scalars = np.empty(len(rotated), dtype=np.float32)
+    arrays: tuple[NDArray[Any], ...] = (
+        np.ascontiguousarray(rotated, dtype=np.float32),
+        np.ascontiguousarray(lengths, dtype=np.float32),
+        np.ascontiguousarray(columns, dtype=np.int32),
+        np.ascontiguousarray(words, dtype=np.float32),
+        np.ascontiguousarray(centre, dtype=np.float32),
+        np.ascontiguousarray(codebooks.transpose(0, 2, 1), dtype=np.float32),
+        codes,
+        scalars,
+    )
+    sizes = (len(rotated), len(codebooks), codebooks.shape[2], columns.shape[1])
+    encoding = _Encoding(*sizes, *map(_pointer, arrays))
+    if library.semid_encode(ctypes.byref(encoding), threads, KERNELS.index(kernel_name())):
+        raise MemoryError("There is not enough memory for the codes of all items.")
+    return codes, scalars
+
+
+def _contiguous(array: NDArray[Any] | None, dtype: Any) -> NDArray[Any] | None:
+    return None if array is None else np.ascontiguousarray(array, dtype=dtype)
+
+
+def _pointer(array: NDArray[Any] | None) -> int | None:
+    return None if array is None else int(array.ctypes.data)

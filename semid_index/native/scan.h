@@ -1,0 +1,129 @@
+// What the dispatcher (scan.cpp) and the kernels (kernel.cpp, compiled once per instruction set) share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace semid {
+
+constexpr int kBlock = 32;  // items per block: one register of bytes in AVX2, half a one in AVX-512
+
+enum Metric : int32_t { kL2 = 0, kCosine = 1, kInnerProduct = 2 };
+enum Dtype : int32_t { kNone = 0, kFloat32 = 1, kFloat16 = 2, kInt8 = 3 };
+
+// Consecutive items of one leaf whose first code is the same: their query-dependent sums share one constant.
+struct Run {
+  int64_t position;  // of its first item
+  int64_t offset;    // of its first block, in bytes
+  int32_t items;
+  int32_t word;   // column of the products that holds its first codeword; -1 for none
+  float constant;  // what its items share, of the part of the distance that no query changes
+};
+
+struct Term {  // from this leaf on, or of this leaf, this column of the products
+  int32_t start, column;
+};
+
+struct Index {
+  int64_t items = 0;
+  int32_t metric = kL2, dim = 0;
+
+  // Leaves: score = constant + product of the group + that of the second word + those of further words
+  int32_t leaves = 0;
+  float* leaf_constants = nullptr;  // (leaves, padded)
+  Term* groups = nullptr;           // where the leaves of a group start; one more at the end
+  int32_t group_count = 0;
+  uint16_t* second_words = nullptr;    // (leaves, padded) numbers of second_columns
+  int32_t* second_columns = nullptr;   // (second_count)
+  int32_t second_count = 0;
+  Term* further = nullptr;
+  int32_t further_count = 0;
+  int32_t* leaf_sizes = nullptr;          // (leaves)
+  int32_t* leaf_runs = nullptr;           // (leaves + 1) runs of each leaf
+
+  Run* runs = nullptr;
+  int64_t run_count = 0;
+
+  // Blocks of kBlock items: rows of nibbles, rows of codes, scalars of 16 bits (those of even items first)
+  uint8_t* blocks = nullptr;
+  int64_t block_bytes = 0;  // of all
+  int32_t rows = 0;         // bytes of 4-bit codes per item, an even number; two parts in each
+  int32_t parts = 0, width = 0;
+  int32_t heads = 0;                  // levels after the first, one byte each
+  const int32_t* head_columns = nullptr;  // (heads) where the products of a level start
+  const int32_t* head_sizes = nullptr;    // (heads) codewords
+  const float* codebooks = nullptr;       // (parts, width, 16)
+  float scalar_step = 0, scalar_low = 0;
+  float factor = -2;  // of products, also in the tables of the parts
+
+  int32_t dtype = kNone;
+  const void* vectors = nullptr;
+  const float* scale = nullptr;  // of int8 rows
+
+  int64_t block_stride() const { return kBlock * static_cast<int64_t>(rows + heads) + 2 * kBlock; }
+};
+
+struct Request {
+  int64_t queries;
+  const float* vectors;   // (queries, dim) for exact distances
+  const float* rotated;   // (queries, parts * width)
+  const float* products;  // (queries, columns), times factor already
+  int64_t columns;
+  int64_t goal;          // open leaves until they hold so many items,
+  int64_t least_leaves;  // and until there are so many
+  const int64_t* given;  // or open these: (queries, given_width), padded with -1
+  int64_t given_width;
+  const int32_t* counts;   // (leaves) items of a leaf that count towards the goal; null: all
+  const uint8_t* allowed;  // (items) nonzero for those that may be found; null: all
+  int64_t keep;            // best of the scan
+  int64_t k;     // hits; 0: give back what the scan kept, by its own distances
+  int64_t* positions;   // (queries, k or keep)
+  float* distances;     // the same
+  int64_t* candidates;  // (queries)
+  int64_t* opened;      // (queries)
+  int64_t shown;        // leaves to give back, best first
+  int64_t* shown_leaves;  // (queries, shown), padded with -1
+  float* shown_scores;    // (queries, shown)
+  double* seconds;      // route, scan, rerank: of all threads together
+  int32_t threads;
+  int32_t isa;  // -1: the best; else 0 plain, 1 AVX2, 2 AVX-512
+};
+
+// Items to be encoded: each is the sum of some words, and of what is left, which gets one 4-bit code per part.
+struct Encoding {
+  int64_t items;
+  int32_t parts, width, levels;
+  const float* rotated;     // (items, parts * width)
+  const float* lengths;     // (items) squared lengths of the vectors before rotation, which may drop some of it
+  const int32_t* columns;   // (items, levels) words of each item
+  const float* words;       // (any, parts * width)
+  const float* centre;      // (parts * width) subtracted from the sum of words
+  const float* codebooks;   // (parts, width, 16)
+  uint8_t* codes;           // (items, ceil(parts / 2))
+  float* scalars;           // (items) |x'|^2 + |x - x'|^2, x' being what codes stand for
+};
+
+// Parts for which 16 codewords are learned, each by k-means.
+struct Training {
+  int64_t items;
+  int32_t parts, width, iterations;
+  const float* points;  // (items, parts * width)
+  float* codebooks;     // (parts, width, 16): in, where to begin; out, what was learned
+};
+
+struct Kernel {
+  // Queries [first, last) of a request.
+  void (*search)(const Index&, const Request&, int64_t first, int64_t last, double* seconds);
+  // Items [first, last).
+  void (*encode)(const Encoding&, int64_t first, int64_t last);
+  // Parts [first, last).
+  void (*train)(const Training&, int64_t first, int64_t last);
+};
+
+extern const Kernel kernel_plain;
+#ifdef SEMID_X86
+extern const Kernel kernel_avx2;
+extern const Kernel kernel_avx512;
+#endif
+
+}  // namespace semid

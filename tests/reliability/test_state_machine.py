@@ -1,0 +1,239 @@
+"""Any sequence of calls leaves the index as a dict would be left, and searches find what NumPy finds.
+
+Hypothesis chooses the calls and, where one sequence goes wrong, finds a short one that does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from numpy.typing import NDArray
+
+import semid_index as semid
+from semid_index.errors import DuplicateIdError, InvalidIdsError, InvalidVectorsError
+from semid_index.index import SemanticIndex
+
+DIM = 6
+LONG = bool(os.environ.get("SEMID_LONG"))
+RUNS, STEPS = (2_500, 50) if LONG else (6, 25)  # of each of the four kinds of index below
+POOL = (
+    4 * np.random.default_rng(5).standard_normal((12, DIM))[np.random.default_rng(6).integers(12, size=400)]
+    + np.random.default_rng(7).standard_normal((400, DIM))
+).astype(np.float32)
+POOL[50:60] = POOL[40:50]  # some vectors occur twice
+
+places = st.integers(0, len(POOL) - 1)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+numbers = st.integers(-(2**63), 2**63 - 1) | st.integers(-5, 60)
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "strings": (texts, {"metric": "l2"}),
+    "whole numbers": (numbers, {"metric": "cosine"}),
+    "file": (st.integers(-5, 60), {"metric": "ip", "vectors_in": "file"}),
+    "no vectors": (st.sampled_from([*"abcdefgh", "", "\0", "a\0", "ä", "a\u0308", "😀", "A"]), {"vectors": "none"}),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Callable[[str], Path]:
+    """A trained index without items, for each kind."""
+    folder = tmp_path_factory.mktemp("trained")
+
+    def get(kind: str) -> Path:
+        path = folder / f"{kind}.duckdb"
+        if not path.exists():
+            options = {name: value for name, value in KINDS[kind][1].items() if name != "vectors_in"}
+            with semid.create(path, dim=DIM, levels=3, codebook_size=4, tail=0, **options) as index:
+                index.train(POOL)
+        return path
+
+    return get
+
+
+def machine(kind: str, start: Path) -> type[RuleBasedStateMachine]:
+    """The state machine for one kind of index."""
+    ids, options = KINDS[kind]
+    metric, stores = options.get("metric", "l2"), options.get("vectors") != "none"
+    items_to_come = st.lists(st.tuples(ids, places), min_size=1, max_size=12, unique_by=lambda item: item[0])
+
+    class Life(RuleBasedStateMachine):
+        index: SemanticIndex
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.folder = tempfile.TemporaryDirectory()
+            self.path = Path(shutil.copy(start, Path(self.folder.name) / "index.duckdb"))
+            self.model: dict[Any, int] = {}  # id -> place of its vector in POOL, which is its metadata, too
+            self.names: dict[Any, str] = {}  # id -> semantic ID
+            self.open()
+
+        @initialize()
+        def start(self) -> None:
+            assert len(self.index) == 0
+
+        def open(self) -> None:
+            self.index = semid.open(self.path, vectors_in=options.get("vectors_in", "memory"))
+
+        # -- what changes the index -----------------------------------------------------------------------------------
+
+        @rule(items=items_to_come)
+        def add(self, items: list[tuple[Any, int]]) -> None:
+            """New items; none of them, if one is known already."""
+            given, held = [id for id, _ in items], [place for _, place in items]
+            if any(id in self.model for id in given):
+                with pytest.raises(DuplicateIdError):
+                    self.index.add(POOL[held], given, metadata={"place": held})
+            else:
+                self.index.add(POOL[held], given, metadata={"place": held})
+                self.model.update(items)
+                self.learn(given)
+
+        @rule(items=items_to_come)
+        def upsert(self, items: list[tuple[Any, int]]) -> None:
+            given, held = [id for id, _ in items], [place for _, place in items]
+            result = self.index.upsert(POOL[held], given, metadata={"place": held})
+            known = sum(id in self.model for id in given)
+            assert (result.inserted, result.updated) == (len(given) - known, known)
+            self.model.update(items)
+            self.learn(given)
+
+        @rule(given=st.lists(ids, max_size=6))
+        def delete(self, given: list[Any]) -> None:
+            self.drop(self.index.delete(given) if given else 0, {id for id in given if id in self.model})
+
+        @rule(data=st.data())
+        def delete_known(self, data: st.DataObject) -> None:
+            if self.model:
+                some = data.draw(st.lists(st.sampled_from(sorted(self.model, key=repr)), min_size=1, max_size=5))
+                self.drop(self.index.delete(some), set(some))
+
+        @rule(least=places)
+        def delete_where(self, least: int) -> None:
+            if self.model:
+                fits = {id for id, place in self.model.items() if least <= place < least + 20}
+                self.drop(self.index.delete(where="place >= ? AND place < ?", params=[least, least + 20]), fits)
+
+        def drop(self, deleted: int, expected: set[Any]) -> None:
+            assert deleted == len(expected)
+            for id in expected:
+                del self.model[id], self.names[id]
+
+        @rule()
+        def bad_vectors(self) -> None:
+            with pytest.raises(InvalidVectorsError):
+                self.index.add(np.full((1, DIM), np.nan), [next(iter(self.model), 0)])
+
+        @rule()
+        def bad_ids(self) -> None:
+            wrong = 1.5 if not self.model else 1 if isinstance(next(iter(self.model)), str) else "x"
+            with pytest.raises(InvalidIdsError):
+                self.index.add(POOL[:1], [wrong])
+
+        @rule()
+        def reopen(self) -> None:
+            self.index.close()
+            self.open()
+
+        @rule()
+        def compact(self) -> None:
+            self.index.compact()
+
+        @rule()
+        def retrain(self) -> None:
+            """Names may change, and nothing else."""
+            if len(self.model) >= 4 and stores:
+                self.index.retrain(POOL, compare=False)
+                self.names = self.read_names()
+
+        # -- what asks it ---------------------------------------------------------------------------------------------
+
+        @rule(place=places, k=st.integers(1, 8), least=st.none() | places)
+        def search(self, place: int, k: int, least: int | None) -> None:
+            fits = [id for id, held in self.model.items() if least is None or held >= least]
+            if least is not None and not self.names and self.index._store.id_type is None:
+                return  # no column to ask for
+            where = {} if least is None else {"where": "place >= ?", "params": [least]}
+            query = POOL[place] + np.float32(0.1)
+            expected = np.sort(distances(query, POOL[[self.model[id] for id in fits]], metric))[:k]
+            for exact in (False, True):
+                hits = self.index.search(query, k, exact=exact, **where)
+                assert len(hits.ids) == len(set(hits.ids.tolist())) == min(k, len(fits))
+                assert set(hits.ids.tolist()) <= set(fits)
+                assert hits.semantic_ids.tolist() == [self.names[id] for id in hits.ids.tolist()]
+                if stores:  # so few items are all looked at
+                    own = distances(query, POOL[[self.model[id] for id in hits.ids.tolist()]], metric)
+                    np.testing.assert_allclose(hits.distances, own, atol=1e-3)
+                    np.testing.assert_allclose(hits.distances, expected, atol=1e-3)
+
+        @rule(given=st.lists(ids, max_size=6))
+        def get(self, given: list[Any]) -> None:
+            given = [*given, *list(self.model)[:3]]
+            rows = self.index.get(given, vectors=stores).to_pylist() if given else []
+            assert [row["id"] for row in rows] == [id for id in given if id in self.model]
+            for row in rows:
+                assert row["place"] == self.model[row["id"]]
+                assert row["semantic_id"] == self.names[row["id"]]
+                if stores:
+                    assert row["vector"] == POOL[row["place"]].tolist()
+
+        @rule()
+        def verify(self) -> None:
+            report = self.index.verify()
+            assert report.ok, report
+
+        @invariant()
+        def holds_what_the_model_holds(self) -> None:
+            assert len(self.index) == len(self.model)
+            assert self.read_names() == self.names
+            if self.model:
+                held = dict(self.index._store._fetch("SELECT id, place FROM items"))
+                assert held == self.model
+
+        # -- parts ----------------------------------------------------------------------------------------------------
+
+        def learn(self, given: list[Any]) -> None:
+            """The names that items got; they are those of their vectors, and no other item's changes."""
+            found = self.read_names()
+            codes = self.index.encode(POOL[[self.model[id] for id in given]])
+            assert [found[id] for id in given] == ["-".join(map(str, row)) for row in codes.tolist()]
+            self.names |= {id: found[id] for id in given}
+
+        def read_names(self) -> dict[Any, str]:
+            return dict(self.index._store._fetch("SELECT id, semantic_id FROM semantic_ids"))
+
+        def teardown(self) -> None:
+            self.index.close()
+            self.folder.cleanup()
+
+    for name in ("upsert", "delete", "delete_known", "delete_where", "compact", "retrain", "verify"):
+        if not hasattr(SemanticIndex, name.split("_")[0]):
+            delattr(Life, name)
+    return Life
+
+
+def distances(query: NDArray[np.float32], vectors: NDArray[np.float32], metric: str) -> NDArray[np.float64]:
+    if metric == "l2":
+        return np.linalg.norm(vectors - query, axis=1)
+    products = vectors @ query
+    if metric == "ip":
+        return -products
+    return 1 - products / np.linalg.norm(vectors, axis=1) / np.linalg.norm(query)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_sequence_of_calls(kind, trained):
+    run_state_machine_as_test(
+        machine(kind, trained(kind)),
+        settings=settings(
+            max_examples=RUNS, stateful_step_count=STEPS, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )

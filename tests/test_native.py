@@ -1,0 +1,235 @@
+"""The native scan, kernel by kernel, against NumPy."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import semid_index as semid
+from semid_index import doctor, metrics, native
+from semid_index.codes import CodeLayout, pack, pack_rest
+from semid_index.lookup import Probes, additive_scorer, choose_probes, make_leaves, whole_index
+from semid_index.quantizers.rq import ResidualKMeans
+from semid_index.quantizers.tail import Tail
+from semid_index.rerank import MemoryVectors, NumpyExecutor, ScanData, to_stored
+from semid_index.scan import NativeExecutor
+from semid_index.store import StoredCodes
+
+ROOT = Path(__file__).resolve().parent.parent
+MISSING = native.unavailable_because()
+needs_native = pytest.mark.skipif(MISSING is not None, reason=f"no native scan: {MISSING}")
+
+
+@pytest.fixture(params=native.KERNELS)
+def kernel(request, monkeypatch):
+    """Each of the kernels that this processor can run."""
+    if MISSING is not None:
+        pytest.skip(f"no native scan: {MISSING}")
+    monkeypatch.setenv("SEMID_NATIVE", request.param)
+    if native.kernel_name() != request.param:
+        pytest.skip(f"this processor has no {request.param}")
+    return request.param
+
+
+def scan_data(clustered, metric, *, n=3_000, dim=24, sizes=(16, 16, 8), tier="float32", leaf_size=50, same=0):
+    """What an executor gets, and its scorer; ``same``: so many items are copies of the first."""
+    vectors = np.array(clustered(n, dim))
+    vectors[n - same :] = vectors[0]
+    if metric == "cosine":
+        vectors = metrics.normalized(vectors)
+    quantizer = ResidualKMeans(len(sizes), sizes, iterations=4).fit(vectors[: max(n - same, 1)], seed=0)
+    layout = CodeLayout(quantizer.codebook_sizes)
+    codes = quantizer.encode(vectors)
+    sids, rest = pack(codes, layout), pack_rest(codes, layout) if layout.rest_levels else None
+    order = np.argsort(sids, kind="stable")
+    stored = StoredCodes(order, sids[order], None if rest is None else rest[order])
+    leaves = make_leaves(stored.sids, layout, leaf_size) if leaf_size else whole_index(n, layout)
+    columns = to_stored(vectors[order], tier)
+    rows = columns["v"].view(np.float16) if tier == "float16" else columns["v"]
+    memory = MemoryVectors(rows, columns.get("scale"), metric)
+    data = ScanData(leaves, stored, quantizer, memory, metric, Tail.train(vectors, 4, seed=0), lambda: np.empty((0, 0)))
+    return data, additive_scorer(leaves, quantizer.codebooks, stored.sids, metric)
+
+
+def queries_for(clustered, metric, count, dim):
+    queries = np.array(clustered(count, dim, seed=9))
+    return metrics.normalized(queries) if metric == "cosine" else queries
+
+
+def all_of(found):
+    """Native hits as NumPy executors give them."""
+    return found.distances, found.positions
+
+
+def assert_same_hits(got, expected, *, atol=1e-5):
+    """Equal distances rank by rank, and the same items wherever the distances tell them apart."""
+    (near, positions), (true_near, true_positions) = got, expected
+    np.testing.assert_allclose(near, true_near, rtol=2e-5, atol=atol)
+    assert ((positions >= 0) == (true_positions >= 0)).all()
+    differs = positions != true_positions
+    gap = np.minimum(np.abs(np.diff(true_near, axis=1, prepend=-np.inf)), np.inf)
+    gap = np.minimum(gap, np.abs(np.diff(true_near, axis=1, append=np.inf)))
+    with np.errstate(invalid="ignore"):
+        assert not (differs & (gap > 1e-3)).any()
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+@pytest.mark.parametrize("tier", ["float32", "float16", "int8"])
+def test_all_that_is_probed_is_found_with_exact_distances(clustered, kernel, metric, tier):
+    data, scorer = scan_data(clustered, metric, tier=tier)
+    executor = NativeExecutor(data, data.vectors, scorer)
+    queries = queries_for(clustered, metric, 70, 24)
+    found = executor.search_leaves(
+        queries, 10, rerank=3_000, budget=400, probes=None, matches=None, shown=200, threads=2
+    )
+    assert (found.candidates >= 400).all()
+    assert (found.opened == (found.leaves >= 0).sum(axis=1)).all()
+    probes = Probes(found.leaves, found.scores, found.candidates)
+    assert (data.leaves.sizes[np.maximum(found.leaves, 0)] * (found.leaves >= 0)).sum(axis=1).tolist() == (
+        found.candidates.tolist()
+    )
+    assert_same_hits(all_of(found), NumpyExecutor(data).search(queries, probes, 10), atol=2e-3)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+@pytest.mark.parametrize("goal", [{"budget": 300, "probes": None}, {"budget": 0, "probes": 9}])
+def test_leaves_are_those_that_the_look_up_chooses(clustered, kernel, metric, goal):
+    data, scorer = scan_data(clustered, metric, n=9_000, sizes=(32, 64), leaf_size=20)
+    executor = NativeExecutor(data, data.vectors, scorer)
+    queries = queries_for(clustered, metric, 50, 24)
+    found = executor.search_leaves(queries, 5, rerank=50, matches=None, shown=400, threads=1, **goal)
+    expected = choose_probes(scorer, queries, data.leaves.sizes, at_least=5, **goal)
+    same = [
+        np.array_equal(mine[mine >= 0], theirs[theirs >= 0])
+        for mine, theirs in zip(found.leaves, expected.leaves, strict=True)
+    ]
+    assert np.mean(same) >= 0.9, "two leaves of almost the same score may change places"
+    np.testing.assert_allclose(found.candidates, expected.candidates, atol=20)
+    scores = scorer.distances(queries[0], expected.scores[0, :9], metric)
+    np.testing.assert_allclose(executor.leaf_distances(queries[0], found.scores[0, :9], metric), scores, rtol=1e-3)
+
+
+@needs_native
+@pytest.mark.parametrize("seed", range(12))
+def test_kernels_agree_on_any_shape(clustered, seed, monkeypatch):
+    random = np.random.default_rng(seed)
+    metric = ("l2", "cosine", "ip")[seed % 3]
+    dim, n = int(random.integers(1, 90)), int(random.integers(300, 1_500))
+    sizes = tuple(int(size) for size in random.choice([2, 3, 16, 70, 130, 256], random.integers(1, 6)))
+    data, scorer = scan_data(
+        clustered, metric, n=n, dim=dim, sizes=sizes, leaf_size=int(random.choice([0, 1, 33, 400])), same=40
+    )
+    executor = NativeExecutor(data, data.vectors, scorer)
+    queries = queries_for(clustered, metric, 9, dim)
+    found = {}
+    for name in native.KERNELS:
+        monkeypatch.setenv("SEMID_NATIVE", name)
+        options = {"budget": n // 3, "probes": None, "matches": None, "shown": len(data.leaves), "threads": 1}
+        found[name] = executor.search_leaves(queries, 7, rerank=n, **options)
+        probes = Probes(found[name].leaves, found[name].scores, found[name].candidates)
+        assert_same_hits(all_of(found[name]), NumpyExecutor(data).search(queries, probes, 7), atol=2e-3)
+        scanned = executor.search(queries, probes, 5)
+        assert (np.diff(scanned[0], axis=1) >= 0).all()
+    best = max(np.abs(found["plain"].distances).max(), 1)
+    for name in native.KERNELS[1:]:
+        np.testing.assert_allclose(found[name].distances, found["plain"].distances, rtol=1e-4, atol=1e-4 * best)
+
+
+def test_the_scan_ranks_as_what_its_codes_stand_for(clustered, kernel):
+    """At 24 dimensions, 12 parts and 3 levels, nine of ten true neighbours are among the best 40 of 3,000."""
+    data, scorer = scan_data(clustered, "l2")
+    executor = NativeExecutor(data, data.vectors, scorer)
+    queries = queries_for(clustered, "l2", 60, 24)
+    every = np.broadcast_to(np.arange(len(data.leaves)), (60, len(data.leaves)))
+    probes = Probes(every, np.zeros(every.shape, dtype=np.float32), np.full(60, 3_000))
+    estimates, positions = executor.search(queries, probes, 40)
+    exact = metrics.exact_search(queries, data.vectors.take(slice(0, 3_000)), 10, "l2")[0]
+    assert np.mean([np.isin(a, b).mean() for a, b in zip(exact, positions, strict=True)]) >= 0.9
+    # estimates are squared distances, less what only the query decides
+    truth = np.square(data.vectors.distances(queries, positions))
+    assert np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(estimates, truth, strict=True)]) > 0.5
+
+
+def test_few_items_many_wanted(clustered, kernel):
+    data, scorer = scan_data(clustered, "l2", n=300, leaf_size=10)
+    executor = NativeExecutor(data, data.vectors, scorer)
+    queries = queries_for(clustered, "l2", 3, 24)
+    found = executor.search_leaves(queries, 300, rerank=300, budget=1, probes=None, matches=None, shown=0, threads=1)
+    assert (np.sort(found.positions, axis=1) == np.arange(300)).all()
+    few = executor.search_leaves(queries, 50, rerank=50, budget=0, probes=1, matches=None, shown=1, threads=1)
+    assert (few.candidates >= 50).all(), "opened on until there are k"
+    none = Probes(np.full((3, 4), -1), np.zeros((3, 4), dtype=np.float32), np.zeros(3, dtype=np.int64))
+    near, positions = executor.search(queries, none, 2)
+    assert (positions == -1).all()
+    assert np.isinf(near).all()
+
+
+def test_only_what_is_allowed_is_found(clustered, kernel):
+    from semid_index.lookup import Matches
+
+    data, scorer = scan_data(clustered, "l2")
+    executor = NativeExecutor(data, data.vectors, scorer)
+    queries = queries_for(clustered, "l2", 20, 24)
+    allowed = np.arange(3_000) % 5 != 0
+    matches = Matches.among(data.leaves, allowed)
+    found = executor.search_leaves(
+        queries, 10, rerank=3_000, budget=10**6, probes=None, matches=matches, shown=0, threads=1
+    )
+    expected = data.vectors.nearest(queries, 10, matches.positions)
+    assert_same_hits(all_of(found), expected[::-1], atol=1e-4)
+    assert (found.candidates == len(matches)).all()
+
+
+@needs_native
+def test_the_index_finds_the_same_with_and_without(clustered, tmp_path, monkeypatch):
+    vectors = clustered(6_000, 20)
+    with semid.create(tmp_path / "x.duckdb", dim=20, levels=3, codebook_size=16) as index:
+        index.train(vectors)
+        index.add(vectors)
+        index.delete(list(range(0, 600, 2)))
+        options = {"k": 10, "probes": 60, "rerank": 1_000}
+        mine = index.search(vectors[:50], **options)
+        one = index.search(vectors[7], 5)
+    assert mine.trace.executor == "native"
+    assert len(one.trace.probes) == min(one.trace.probed, 64)
+    assert set(mine.trace.seconds) >= {"lookup", "scan", "rerank"}
+    monkeypatch.setenv("SEMID_NATIVE", "0")
+    with semid.open(tmp_path / "x.duckdb") as index:
+        other = index.search(vectors[:50], **options)
+    assert other.trace.executor == "faiss-tail"
+    assert np.mean([np.isin(a, b).mean() for a, b in zip(mine.ids, other.ids, strict=True)]) >= 0.99
+    np.testing.assert_allclose(mine.distances[0], other.distances[0], rtol=1e-5, atol=1e-4)
+
+
+def test_doctor_says_which_scan_is_used(monkeypatch):
+    monkeypatch.setenv("SEMID_NATIVE", "0")
+    off = next(finding for finding in doctor.examine() if finding.check == "native scan")
+    assert (off.status, off.found) == ("missing", "SEMID_NATIVE=0 switches it off: FAISS does the scanning")
+    if MISSING is None:
+        monkeypatch.setenv("SEMID_NATIVE", "plain")
+        on = next(finding for finding in doctor.examine() if finding.check == "native scan")
+        assert (on.status, on.found) == ("ok", "plain")
+
+
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
+def test_without_a_compiler_nothing_is_built(tmp_path, compiler):
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import hatch_build; from pathlib import Path\n"
+        "print(hatch_build.build(Path(sys.argv[2])))"
+    )
+    pytest.importorskip("hatchling")
+    command = [sys.executable, "-c", program, str(ROOT), str(tmp_path / "x.so")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "CXX": compiler})
+    assert done.stdout.strip() not in ("", "None")
+    assert not (tmp_path / "x.so").exists()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_where_there_is_a_compiler_there_is_a_native_scan():
+    if os.environ.get("SEMID_NATIVE") == "0" or os.environ.get("CXX"):
+        pytest.skip("switched off")
+    assert MISSING is None, "run: python hatch_build.py"
