@@ -38,7 +38,7 @@ from semid_index.quantizers.tail import Tail, default_tail
 from semid_index.records import CollisionCounts, IndexConfig, LevelReport, Metric, TrainReport
 from semid_index.rerank import to_stored
 from semid_index.store import Store
-from semid_index.vectors import VectorSource, bad_rows, open_vectors
+from semid_index.vectors import VectorSource, open_vectors
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -516,8 +516,9 @@ def _check_rows(source: VectorSource, config: IndexConfig, batch_size: int, *, d
 def unusable_rows(vectors: Vectors, metric: Metric) -> NDArray[np.int64]:
     """The rows that have no distances to others: NaN, infinite, far too long, or zero under cosine."""
     with np.errstate(over="ignore", invalid="ignore"):
-        too_long = np.flatnonzero(np.einsum("ij,ij->i", vectors, vectors) > _LARGEST_SQUARE)
-    return np.union1d(bad_rows(vectors, zero=metric == "cosine"), too_long)
+        squares = np.einsum("ij,ij->i", vectors, vectors)
+    least = np.float32(0) if metric == "cosine" else np.float32(-1)
+    return np.flatnonzero(~((squares > least) & (squares <= _LARGEST_SQUARE)))  # no comparison with NaN is true
 
 
 def _refuse(rows: NDArray[np.int64], config: IndexConfig, where: str) -> None:

@@ -101,6 +101,11 @@ def device_name(gpu: int | None) -> str:
     return "cpu" if gpu is None else f"cuda:{gpu}"
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def choose_gpu(device: Device) -> int | None:
     """The number of the GPU to use for what :func:`parse_device` returned; None for the CPU.
 

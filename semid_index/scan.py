@@ -8,7 +8,6 @@ the semantic ID work for the scan too, and fewer others are needed for the same 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from semid_index import native
 from semid_index.codes import unpack
+from semid_index.devices import cores
 from semid_index.lookup import LeafScorer, Leaves, Matches, Probes
 from semid_index.metrics import normalized
 from semid_index.native import NativeIndex, Scanned, ScanParts
@@ -55,7 +55,7 @@ class NativeExecutor:
     exact = False
 
     def __init__(self, data: ScanData, vectors: MemoryVectors, scorer: LeafScorer) -> None:
-        threads = os.cpu_count() or 1
+        threads = cores()
         words = _words(data)
         self._space = _learn_space(data, vectors, words, threads)
         codes, scalars = _encode(data, vectors, words, self._space, threads)
@@ -70,7 +70,7 @@ class NativeExecutor:
 
     def search(self, queries: Vectors, probes: Probes, k: int) -> tuple[Distances, Positions]:
         """See :class:`semid_index.rerank.Executor`."""
-        threads = os.cpu_count() or 1
+        threads = cores()
         found = self._index.search(queries, k=None, keep=k, leaves=probes.leaves, threads=threads)
         return found.distances, found.positions
 

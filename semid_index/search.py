@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from semid_index.devices import cores
 from semid_index.errors import InvalidArgumentError, SearchTimeoutError
 from semid_index.items import check_count
 from semid_index.lookup import Matches, Probes, choose_probes
@@ -306,7 +306,7 @@ def _search_part(part: _Part, request: SearchRequest, queries: Vectors, k: int, 
             at_least=k,
             budget=plan.budget,
             probes=request.probes,
-            threads=request.threads or os.cpu_count() or 1,
+            threads=_threads(request),
         )
     if plan.way == "matches" and matches is not None:
         with clock.step("rerank"):
@@ -324,6 +324,10 @@ def _search_part(part: _Part, request: SearchRequest, queries: Vectors, k: int, 
     )
 
 
+def _threads(request: SearchRequest) -> int:
+    return request.threads or (cores() if len(request.queries) > 1 else 1)
+
+
 def _search_natively(
     part: _Part, executor: NativeExecutor, request: SearchRequest, queries: Vectors, k: int, clock: _Clock
 ) -> _Hits:
@@ -338,7 +342,7 @@ def _search_natively(
             probes=request.probes,
             matches=part.matches,
             shown=_SHOWN_PROBES if request.single else 0,
-            threads=request.threads or os.cpu_count() or 1,
+            threads=_threads(request),
         )
     clock.split("lookup", scan=found.seconds[1], rerank=found.seconds[2])
     return _Hits(

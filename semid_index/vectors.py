@@ -75,7 +75,11 @@ def as_vectors(vectors: Any, *, dim: int | None = None, what: str = "vectors", f
     array([[1., 2.],
            [3., 4.]], dtype=float32)
     """
-    array = _matrix(_read_array(vectors, what, dim), what)
+    return _checked(_read_array(vectors, what, dim), dim, what, finite=finite)
+
+
+def _checked(array: NDArray[Any], dim: int | None, what: str, *, finite: bool = True) -> Vectors:
+    array = _matrix(array, what)
     if dim is not None and array.shape[1] != dim:
         raise DimensionMismatchError(dim, array.shape[1], what=what)
     converted = _to_float32(array)
@@ -92,7 +96,7 @@ def as_queries(queries: Any, *, dim: int) -> tuple[Vectors, bool]:
     """
     array = _read_array(queries, "queries", dim)
     is_one = array.ndim == 1
-    return as_vectors(array[np.newaxis] if is_one else array, dim=dim, what="queries"), is_one
+    return _checked(array[np.newaxis] if is_one else array, dim, "queries"), is_one
 
 
 def bad_rows(vectors: Vectors, *, zero: bool) -> NDArray[np.int64]:
@@ -104,9 +108,11 @@ def bad_rows(vectors: Vectors, *, zero: bool) -> NDArray[np.int64]:
     # infinity as well, so a suspicious row is looked at value by value.
     with np.errstate(all="ignore"):
         squares = np.einsum("ij,ij->i", vectors, vectors)
-    suspects = np.flatnonzero(~np.isfinite(squares))
-    bad = suspects[~np.isfinite(vectors[suspects]).all(axis=1)]
-    return np.union1d(bad, np.flatnonzero(squares == 0)) if zero else bad
+    suspects = np.flatnonzero(~np.isfinite(squares) | (squares == 0) if zero else ~np.isfinite(squares))
+    if not len(suspects):  # nearly always
+        return suspects
+    bad: NDArray[np.int64] = suspects[(squares[suspects] == 0) | ~np.isfinite(vectors[suspects]).all(axis=1)]
+    return bad
 
 
 def _read_array(data: Any, what: str, dim: int | None = None) -> NDArray[Any]:

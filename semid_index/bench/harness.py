@@ -25,11 +25,12 @@ from pathlib import Path
 import numpy as np
 
 from semid_index.bench.data import Data, true_neighbours, write_for_workers
-from semid_index.bench.machine import available_bytes, cores, machine, versions
+from semid_index.bench.machine import available_bytes, machine, versions
 from semid_index.bench.measures import Truth, checked_ids, distances_of, front, near_front, recall
 from semid_index.bench.results import Built, Mode, Opened, Point, Race, Results, key_of
 from semid_index.bench.subject import Build, Effort, Parameters, Subject
 from semid_index.bench.workers import SubjectError, Worker, WorkerProcess
+from semid_index.devices import cores
 from semid_index.errors import InvalidArgumentError, SemidError
 
 TARGETS = (0.9, 0.95, 0.99)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from semid_index import __version__
+from semid_index.devices import cores
 
 _STATUS = Path("/proc/self/status")
 _CPU = Path("/proc/cpuinfo")
@@ -28,11 +29,6 @@ def machine() -> dict[str, str | int]:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         described["memory_gb"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
     return described
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:
