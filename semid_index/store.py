@@ -349,8 +349,10 @@ class Store:
         Otherwise all stored vectors would be in memory twice. The limit is put back where :meth:`_settings` ends.
         """
         if self.path is not None:
-            with suppress(duckdb.Error), self.cursor() as cursor:
+            cursor = self.cursor()
+            with suppress(duckdb.Error):  # it may hold what it cannot give back
                 cursor.execute(f"SET memory_limit = '{_KEPT_MEMORY >> 20}MiB'")
+            cursor.close()
 
     def save_training(
         self,
