@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from semid_index.bench.measures import Spread, Verdict, ratio, spread, verdict
@@ -96,8 +96,3 @@ def _as_best(results: Results, race: Race, number: int) -> Best:
         results.find_opened(point.subject, point.parameters, race.threads),
         results.find_built(point.subject, point.parameters),
     )
-
-
-def fastest(bests: Sequence[Best]) -> Best | None:
-    """The one with the most queries a second."""
-    return max(bests, key=lambda best: best.rate.median, default=None)

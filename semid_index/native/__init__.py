@@ -229,7 +229,6 @@ class NativeIndex:
         self._words = np.ascontiguousarray(np.float32(parts.factor) * parts.words.T)
         self._codebooks = np.ascontiguousarray(parts.codebooks.transpose(0, 2, 1))
         self._width = parts.codebooks.shape[0] * parts.codebooks.shape[2]
-        self.reranks = vectors is not None
         # all that the library keeps pointers to stays alive with self
         self._held = [
             _contiguous(array, dtype)
