@@ -24,6 +24,7 @@ from semid_index.report.measures import best_names
 
 _CHECKED_ROWS = 1_000
 _LEAST_SAME = 0.99  # of the checked rows; near-ties may go either way
+_TIE = 0.02  # of a vector's length: by so much errors differ at most where two codewords were equally near
 _MOST_PLACED = 4_096  # codewords without items in common with old ones; of more, any may get any number
 
 
@@ -55,11 +56,23 @@ def aligned(old: Quantizer, new: Quantizer, vectors: Vectors) -> Quantizer:
     for level, (name, codebook) in enumerate(zip(names, new.codebooks, strict=True), 1):
         state[f"codebook_{level}"] = renumbered(codebook, name)
     result = type(new).restore(new.get_config(), state)
-    checked = slice(0, _CHECKED_ROWS)
-    same = (result.encode(vectors[checked]) == renamed(after[checked], names)).all(axis=1)
-    if same.mean() < _LEAST_SAME:
+    if _share_equal(result, new, vectors[:_CHECKED_ROWS], renamed(after[:_CHECKED_ROWS], names)) < _LEAST_SAME:
         raise _cannot_be_aligned(new)
     return result
+
+
+def _share_equal(result: Quantizer, new: Quantizer, vectors: Vectors, expected: Codes) -> float:
+    """The share of vectors whose codes are as expected, or stand for them as well as those of the new quantizer do.
+
+    Of few vectors k-means makes codewords that are equally near; then their numbers decide which one is taken, and
+    these have changed. Codes that mean something else would miss by about the length of the vector.
+    """
+    codes = result.encode(vectors)
+    equal = (codes == expected).all(axis=1)
+    if not equal.all():
+        as_is, renamed_ = (np.linalg.norm(q.decode(q.encode(vectors)) - vectors, axis=1) for q in (new, result))
+        equal |= renamed_ <= as_is + _TIE * np.linalg.norm(vectors, axis=1)
+    return float(equal.mean())
 
 
 def _cannot_be_aligned(quantizer: Quantizer) -> InvalidArgumentError:

@@ -145,3 +145,12 @@ def test_codes_that_are_more_than_numbers_are_not_renamed():
     old, new = BinaryQuantization().fit(vectors), BinaryQuantization().fit(-vectors)
     with pytest.raises(InvalidArgumentError, match="keep_ids=False"):
         aligned(old, new, -vectors + 2 * vectors.mean(axis=0))
+
+
+def test_equal_codewords_do_not_stand_in_the_way():
+    """Of a single vector k-means makes many equal codewords; which of them is taken depends on their numbers alone."""
+    vectors = clustered(3_000, seed=8)
+    old = ResidualKMeans(3, 16).fit(vectors)
+    one = np.repeat(vectors[:1], 20, axis=0)
+    new = aligned(old, old.restore(old.get_config(), old.state()).refit(one), one)
+    assert np.allclose(new.decode(new.encode(one)), one, atol=1e-4)
