@@ -1,14 +1,16 @@
 """Search on a GPU: does it find what the CPU finds, and how quickly; beside FAISS's own indexes on the same GPU.
 
-    python -m benchmarks.gpu_parity --json benchmarks/results/gpu.json                 # 1M x 768, and all of parity
+    python -m benchmarks.gpu_parity --json benchmarks/results/gpu-1m-768.json          # 1M x 768, and all of parity
     python -m benchmarks.gpu_parity --rows 10000000 --dim 128 --json FILE speed        # one part, another size
     python -m benchmarks.gpu_parity --cpu-only                                         # the same code, small, without
 
 Parts: ``parity`` compares lists of vectors in each precision with exact distances, and a GPU with the CPU; ``training``
-compares codebooks that were learned on each; ``speed`` measures queries per second at each recall, in turn with brute
-force, IVF-Flat and IVF-PQ with re-ranking; ``bandwidth`` copies memory, to say what part of it the scan reaches. Ends
-with status 1 if anything disagrees. A row says ``gpu`` only if FAISS's index is of one of its GPU types. Needs NumPy,
-FAISS and pluggy, and no DuckDB. Data are made from a seed: clusters within clusters.
+compares codebooks that were learned on each; ``bandwidth`` copies memory, to say what part of it the scan reaches;
+``speed`` measures queries per second at each recall, in turn with brute force, IVF-Flat, IVF-SQ and IVF-PQ with
+re-ranking. Each part has a process of its own, and figures are written row by row: if one ends early, the others stay.
+``--seconds`` is for all of them; what it has no time for is left out, and said to be. Ends with status 1 if anything
+disagrees. A row says ``gpu`` only if FAISS's index is of one of its GPU types. Needs NumPy, FAISS and pluggy, and no
+DuckDB. Data are made from a seed: clusters within clusters.
 """
 
 from __future__ import annotations
@@ -20,33 +22,38 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also as a file, where nothing is installed
 
 import numpy as np
 
+from semid_index import vector_lists
 from semid_index.codes import CodeLayout, pack
 from semid_index.devices import choose_gpu, device_name, gpu_state, installed_faiss
 from semid_index.lookup import Leaves, Probes, additive_scorer, choose_probes, make_leaves
 from semid_index.quantizers.kmeans import clustering_on, import_faiss, lloyd, nearest, training_device
 from semid_index.quantizers.rq import ResidualKMeans
 from semid_index.rerank import MemoryVectors, ScanData, smallest
-from semid_index.vector_lists import (
-    MOST,
-    PRECISIONS,
-    VectorListExecutor,
-    candidates_for,
-    on_gpu,
-)
+from semid_index.vector_lists import MOST, PRECISIONS, VectorListExecutor, candidates_for, on_gpu
 
 K = 10
 RECALL = 0.95
 ROUNDING = {"float32": 1e-4, "float16": 4e-3, "int8": 4e-2}  # of a distance, as a part of the largest one
 PARTS = ("parity", "training", "bandwidth", "speed")
 CASES = ("padding", "empty lists", "k above candidates", "duplicates", "filter")
+CHECKED = 256  # queries of a batch that are compared with brute force
+LAST_SECONDS = 15  # for a part to end by itself before it is ended
+
+
+class WrongDeviceError(Exception):
+    """FAISS's index is not where it was to be."""
 
 
 def main() -> int:
@@ -58,25 +65,76 @@ def main() -> int:
     parser.add_argument("--dim", type=int, help="default 768, or 32")
     parser.add_argument("--batch", type=int, action="append", dest="batches", help="may be repeated")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=540, help="for all parts; default 540")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"there is no part {' '.join(unknown)}; there are {', '.join(PARTS)}")
+    arguments.deadline = time.monotonic() + arguments.seconds
+    parts = arguments.parts or list(PARTS)
+    figures = one_part(arguments, parts[0]) if len(parts) == 1 else all_parts(arguments, parts)
+    print(f"{figures['failed']} failed")
+    return 1 if figures["failed"] else 0
+
+
+def all_parts(arguments, parts: list[str]) -> dict[str, object]:
+    """Each part in a process of its own: FAISS ends its process where it does not expect to go on."""
+    figures: dict[str, object] = {"failed": 0}
+    given = [argument for argument in sys.argv[1:] if argument not in parts]
+    for part in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            file, left = Path(folder) / "part.json", max(0.0, arguments.deadline - time.monotonic())
+            command = [sys.executable, __file__, *given, "--json", str(file), "--seconds", f"{left:.3f}", part]
+            try:
+                ended = f"status {subprocess.run(command, timeout=left + LAST_SECONDS, check=False).returncode}"
+            except subprocess.TimeoutExpired:
+                ended = f"no end after {left + LAST_SECONDS:.0f} s"
+            found = json.loads(file.read_text()) if file.exists() else {}
+        figures = {"environment": found.get("environment"), **{k: v for k, v in figures.items() if v is not None}}
+        figures[part] = found.get(part, [])
+        if not found.get("complete"):
+            figures[part].append({"error": f"the process of this part ended early: {ended}", "ok": False})
+            found["failed"] = found.get("failed", 0) + 1
+        figures["failed"] += found["failed"]
+        write(arguments.json, figures)
+    return figures
+
+
+def one_part(arguments, part: str) -> dict[str, object]:
+    """The rows of a part, which are written down one by one."""
     small = arguments.cpu_only
     arguments.gpu = None if small else choose_gpu(int(arguments.device.removeprefix("cuda:")))
     arguments.rows = arguments.rows or (3_000 if small else 1_000_000)
     arguments.dim = arguments.dim or (32 if small else 768)
-    figures = {"environment": environment(arguments.gpu), "failed": 0}
-    for part in arguments.parts or PARTS:
-        if part not in PARTS:
-            parser.error(f"there is no part {part}; there are {', '.join(PARTS)}")
-        figures[part] = globals()[part](arguments)
-        for row in figures[part] if isinstance(figures[part], list) else [figures[part]]:
-            print(f"{part:9} {json.dumps(row)}", flush=True)
-            figures["failed"] += not row.get("ok", True)
-        if arguments.json:  # after each part: what is there is kept if a later one does not end in time
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(figures, indent=1))
-    print(f"{figures['failed']} failed")
-    return 1 if figures["failed"] else 0
+    rows: list[dict[str, object]] = []
+    figures = {"environment": environment(arguments.gpu), part: rows, "failed": 0, "complete": False}
+
+    def keep(row: dict[str, object]) -> None:
+        print(f"{part:9} {json.dumps(row)}", flush=True)
+        rows.append(row)
+        figures["failed"] += not row.get("ok", True)
+        write(arguments.json, figures)
+
+    try:
+        for row in globals()[part](arguments):
+            keep(row)
+            if time.monotonic() > arguments.deadline:
+                keep({"left_out": "the rest of this part: no time was left"})
+                break
+    except Exception as error:  # and write down what there is
+        keep({"error": f"{type(error).__name__}: {error}", "ok": False})
+    figures["complete"] = True
+    write(arguments.json, figures)
+    return figures
+
+
+def write(path: Path | None, figures: dict[str, object]) -> None:
+    """Put a new file in the place of the old one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(figures, indent=1))
+        new.replace(path)
 
 
 def environment(gpu: int | None) -> dict[str, object]:
@@ -103,28 +161,39 @@ def claims_gpu(index: object, gpu: int | None) -> bool:
     """Whether FAISS's index is on a GPU, by its type; anything else than what was asked for ends the benchmark."""
     is_gpu = type(index).__name__.startswith("GpuIndex")
     if is_gpu != (gpu is not None):
-        raise SystemExit(f"{type(index).__name__} is not an index on {device_name(gpu)}")
+        raise WrongDeviceError(f"{type(index).__name__} is not an index on {device_name(gpu)}")
     return is_gpu
 
 
 # -- parity -----------------------------------------------------------------------------------------------------------
 
 
-def parity(arguments) -> list[dict[str, object]]:
+def parity(arguments) -> Iterator[dict[str, object]]:
     """Every precision, batch and case against exact distances, and on a GPU against the CPU too."""
     batches = (1, 32, 1_024) if arguments.gpu is None else (1, 32, 1_024, 10_000)
-    rows = []
     for metric in ("l2",) if arguments.gpu is None else ("l2", "ip"):
         data = random_lists(metric, *((1_000, 24, 60) if arguments.gpu is None else (20_000, 96, 150)))
         for precision in PRECISIONS:
-            executor = VectorListExecutor(data, precision=precision, gpu=arguments.gpu)
-            on_cpu = executor if arguments.gpu is None else VectorListExecutor(data, precision=precision)
-            for batch in batches:
-                for case in CASES:
-                    row = {"metric": metric, "precision": precision, "batch": batch, "case": case}
-                    row["gpu"] = claims_gpu(executor._parts[0], arguments.gpu)
-                    rows.append(row | compare(executor, on_cpu, data, batch, case))
-    return rows
+            on_cpu = VectorListExecutor(data, precision=precision)
+            for shares in (1,) if arguments.gpu is None else (1, 2):
+                with dealt_out(arguments.gpu, shares):
+                    executor = VectorListExecutor(data, precision=precision, gpu=arguments.gpu)
+                for batch in batches:
+                    for case in CASES:
+                        row = {"metric": metric, "precision": precision, "shares": shares, "batch": batch, "case": case}
+                        row["gpu"] = claims_gpu(executor._shares[-1].index, arguments.gpu)
+                        yield row | compare(executor, on_cpu, data, batch, case)
+
+
+@contextmanager
+def dealt_out(gpu: int | None, shares: int) -> Iterator[None]:
+    """As if leaves were dealt out over so many GPUs, all of which are this one."""
+    before = vector_lists.deal_out
+    vector_lists.deal_out = lambda *_, **__: (gpu,) * shares
+    try:
+        yield
+    finally:
+        vector_lists.deal_out = before
 
 
 def random_lists(metric: str, rows: int, dim: int, lists: int) -> ScanData:
@@ -155,7 +224,7 @@ def compare(executor, on_cpu, data: ScanData, batch: int, case: str) -> dict[str
         probed[:, 2] = np.flatnonzero(sizes == 0)[1]
         probed[:, 3:] = np.where(sizes[probed[:, 3:]] == 0, -1, probed[:, 3:])
     elif case == "k above candidates":
-        k, probed = MOST, probed[:, :3]
+        k, probed = executor.most, probed[:, :3]
     elif case == "duplicates":
         queries[:] = data.vectors.take(np.array([0]))
         probed[:, 0] = home = int(np.searchsorted(data.leaves.starts, 100, side="right") - 1)
@@ -168,12 +237,17 @@ def compare(executor, on_cpu, data: ScanData, batch: int, case: str) -> dict[str
     probes = Probes(probed, np.zeros(probed.shape, dtype=np.float32), item_opened.sum(axis=1))
     wanted = k if case != "filter" else 200  # more than enough: half of them is dropped
     near, found = executor.search(queries, probes, wanted)
+    checked = np.sort(rng.choice(batch, min(batch, CHECKED), replace=False))  # brute force over all takes too long
+    queries, probes, near, found = queries[checked], probes.of(checked), near[checked], found[checked]
+    item_opened = item_opened[checked]
     cpu_near, _ = on_cpu.search(queries, probes, wanted)
     everything = exact_distances(queries, data)
     right = np.sort(np.where(item_opened, everything, np.float32(np.inf)), axis=1)[:, :wanted]
     right = np.pad(right, ((0, 0), (0, wanted - right.shape[1])), constant_values=np.inf)
     hit = found >= 0
     largest = max(1.0, float(np.abs(right[np.isfinite(right)]).max(initial=0)))
+    if data.metric == "l2":  # rounding goes by the length of vectors, and not by the distance, which may be 0
+        largest = max(largest, float(np.linalg.norm(queries, axis=1).max()))
     errors = [float(np.abs(near[hit] - other[hit]).max(initial=0)) / largest for other in (right, cpu_near)]
     row = {"error": errors[0], "error_against_cpu": errors[1]}
     inside = np.take_along_axis(item_opened, found, axis=1)[hit].all()
@@ -205,7 +279,7 @@ def exact_distances(queries: np.ndarray, data: ScanData) -> np.ndarray:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def training(arguments) -> dict[str, object]:
+def training(arguments) -> Iterator[dict[str, object]]:
     """The same k-means on each device: from one start, and all of a residual quantizer from one seed."""
     small = arguments.gpu is None
     points = clusters(8_000 if small else 200_000, 32 if small else 128)
@@ -219,7 +293,7 @@ def training(arguments) -> dict[str, object]:
             used.append(training_device())
         seconds.append(round(time.perf_counter() - begun, 3))
     if used != ["cpu", device_name(arguments.gpu)]:
-        raise SystemExit(f"k-means ran on {used[1]}, not on {device_name(arguments.gpu)}")
+        raise WrongDeviceError(f"k-means ran on {used[1]}, not on {device_name(arguments.gpu)}")
     codes = [nearest(points, codebook) for codebook in learned]
     errors = []
     for gpu in (None, arguments.gpu):
@@ -237,34 +311,41 @@ def training(arguments) -> dict[str, object]:
         "rq_error_ratio": errors[1] / errors[0],
     }
     row["ok"] = row["other_codes"] <= 0.01 * len(points) and abs(row["rq_error_ratio"] - 1) < 0.02
-    return row
+    yield row
 
 
 # -- bandwidth --------------------------------------------------------------------------------------------------------
 
 
-def bandwidth(arguments) -> dict[str, object]:
+def bandwidth(arguments) -> Iterator[dict[str, object]]:
     """Bytes read and written per second by a copy within the device's memory."""
-    size, times = (64 << 20, 5) if arguments.gpu is None else (4 << 30, 10)
+    yield copied(arguments)
+
+
+def copied(arguments) -> dict[str, object]:
+    """See :func:`bandwidth`."""
+    size, times = (64 << 20, 5) if arguments.gpu is None else (1 << 30, 20)
     try:
-        copy = numpy_copy(size) if arguments.gpu is None else cuda_copy(size, arguments.gpu)
-        copy()
-        seconds = []
-        for _ in range(times):
-            begun = time.perf_counter()
+        with numpy_copy(size) if arguments.gpu is None else cuda_copy(size, arguments.gpu) as copy:
             copy()
-            seconds.append(time.perf_counter() - begun)
-    except (OSError, MemoryError) as error:
+            seconds = []
+            for _ in range(times):
+                begun = time.perf_counter()
+                copy()
+                seconds.append(time.perf_counter() - begun)
+    except (OSError, AttributeError, MemoryError) as error:
         return {"gpu": arguments.gpu is not None, "bytes_per_second": None, "error": str(error), "ok": True}
     return {"gpu": arguments.gpu is not None, "bytes_per_second": 2 * size / statistics.median(seconds), "ok": True}
 
 
-def numpy_copy(size: int):
+@contextmanager
+def numpy_copy(size: int) -> Iterator[Callable[[], None]]:
     source, target = np.ones(size, dtype=np.uint8), np.zeros(size, dtype=np.uint8)
-    return lambda: np.copyto(target, source)
+    yield lambda: np.copyto(target, source)
 
 
-def cuda_copy(size: int, gpu: int):
+@contextmanager
+def cuda_copy(size: int, gpu: int) -> Iterator[Callable[[], None]]:
     """By the CUDA runtime that FAISS has loaded."""
     loaded = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libcudart" in line]
     runtime = ctypes.CDLL(loaded[0] if loaded else "libcudart.so.12")
@@ -274,15 +355,18 @@ def cuda_copy(size: int, gpu: int):
         if (code := getattr(runtime, name)(*values)) != 0:
             raise OSError(f"{name} returned {code}")
 
-    call("cudaSetDevice", gpu)
-    for pointer in (source, target):
-        call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(size))
-
     def copy() -> None:
         call("cudaMemcpy", target, source, ctypes.c_size_t(size), 3)  # device to device
         call("cudaDeviceSynchronize")
 
-    return copy
+    call("cudaSetDevice", gpu)
+    try:
+        for pointer in (source, target):
+            call("cudaMalloc", ctypes.byref(pointer), ctypes.c_size_t(size))
+        yield copy
+    finally:
+        for pointer in (source, target):
+            runtime.cudaFree(pointer)
 
 
 # -- speed ------------------------------------------------------------------------------------------------------------
@@ -309,7 +393,7 @@ class Ours:
         self.data = self.make(vectors, gpu, made)
         self.scorer, self.ids = made["scorer"], made["order"]
         self.executor = VectorListExecutor(self.data, precision=precision, gpu=gpu)
-        self.index, self.bytes = self.executor._parts[0], self.executor._bytes
+        self.index, self.bytes = self.executor._shares[0].index, self.executor._bytes
         self.seconds: dict[str, float] = {}
 
     @staticmethod
@@ -358,82 +442,112 @@ class Ours:
 
 
 class FaissIndex:
-    """One of FAISS's own, with as many candidates re-ranked as it needs."""
+    """One of FAISS's own; where its distances are rough, with candidates re-ranked on the CPU, as ours are."""
 
-    def __init__(
-        self, key: str, vectors: np.ndarray, gpu: int | None, *, rerank: int = 0, bytes_per_item: float
-    ) -> None:
+    def __init__(self, key: str, vectors: np.ndarray, gpu: int | None, bytes_per_item: float) -> None:
         faiss = import_faiss()
-        empty = faiss.index_factory(vectors.shape[1], key)
-        self.index = empty if gpu is None else on_gpu(empty, gpu, halves="PQ" in key)
+        self.index = faiss.index_factory(vectors.shape[1], key)
+        if gpu is not None:
+            self.resources = faiss.StandardGpuResources()
+            self.index = on_gpu(self.index, gpu, resources=self.resources, halves="PQ" in key)
         if not self.index.is_trained:
             sample = np.random.default_rng(0).choice(len(vectors), min(len(vectors), 65_536), replace=False)
             self.index.train(vectors[np.sort(sample)])
         for start in range(0, len(vectors), 500_000):
             self.index.add(vectors[start : start + 500_000])
-        self.vectors, self.rerank = MemoryVectors(vectors, None, "l2"), rerank
+        self.vectors = MemoryVectors(vectors, None, "l2")
         self.bytes = int(len(vectors) * bytes_per_item)
         self.seconds: dict[str, float] = {}
 
-    def search(self, queries: np.ndarray, probes: int) -> np.ndarray:
+    def search(self, queries: np.ndarray, setting: int | tuple[int, int]) -> np.ndarray:
+        probes, rerank = setting if isinstance(setting, tuple) else (setting, 0)
         begun = time.perf_counter()
         if probes:
             self.index.nprobe = probes
-        _, found = self.index.search(queries, max(K, self.rerank))
+        _, found = self.index.search(queries, max(K, rerank))
         self.seconds = {"scan": time.perf_counter() - begun}
-        if self.rerank:
+        if rerank:
+            begun = time.perf_counter()
             found, _ = smallest(found, self.vectors.distances(queries, found), K)
+            self.seconds["rerank"] = time.perf_counter() - begun
         return found[:, :K]
 
 
-def speed(arguments) -> list[dict[str, object]]:
+def pq_parts(dim: int) -> int:
+    """Sub-vectors of the product codes that they are compared with: those that FAISS has on a GPU, 4 values or more."""
+    return next(m for m in (96, 64, 48, 32, 16, 8, 4, 2, 1) if dim % m == 0 and m <= max(dim // 4, 1))
+
+
+def speed(arguments) -> Iterator[dict[str, object]]:
     """Queries per second, and bytes, of each subject at each setting until it reaches the recall."""
     rows, dim, gpu = arguments.rows, arguments.dim, arguments.gpu
     batches = arguments.batches or ([32, 256] if gpu is None else [32, 1_024, 10_000])
     vectors, queries = clusters(rows, dim), clusters(max(batches), dim, seed=1)
-    copied = bandwidth(arguments)["bytes_per_second"]
+    rate = copied(arguments)["bytes_per_second"]
     lists = int(2 ** np.round(np.log2(4 * np.sqrt(rows))))
-    parts = next(m for m in (96, 64, 48, 32, 16, 8, 4) if dim % m == 0 and m <= max(dim // 4, 4))
-    bits = 4 if gpu is None else 8  # a GPU takes 8 only; those take 14 s to train on a CPU
+    parts, bits = pq_parts(dim), 4 if gpu is None else 8  # a GPU takes 8 only; those take 14 s to train on a CPU
     budgets = [int(share * 48 * np.sqrt(rows)) for share in (0.25, 0.5, 1, 2, 4, 8)]
     widths = [width for width in (4, 8, 16, 32, 64, 128, 256, 512) if width <= min(lists, MOST)]
     made: dict[str, object] = {}
-    subjects = {
-        "brute force": (lambda: FaissIndex("Flat", vectors, gpu, bytes_per_item=4 * dim), [0]),
-        **{
-            f"ours {precision}": (lambda precision=precision: Ours(vectors, precision, gpu, made), budgets)
-            for precision in ("float16", "int8", "float32")
-        },
-        "IVF-Flat": (lambda: FaissIndex(f"IVF{lists},Flat", vectors, gpu, bytes_per_item=4 * dim + 8), widths),
-        f"IVF-PQ{parts}, 100 re-ranked": (
-            lambda: FaissIndex(f"IVF{lists},PQ{parts}x{bits}", vectors, gpu, rerank=100, bytes_per_item=parts + 8),
-            widths,
-        ),
+
+    deep = [(width, rerank) for rerank in (100, 400) for width in widths]
+
+    def faiss_index(key: str, bytes_per_item: float) -> Callable[[], FaissIndex]:
+        return lambda: FaissIndex(key, vectors, gpu, bytes_per_item)
+
+    def ours(precision: str) -> Callable[[], Ours]:
+        return lambda: Ours(vectors, precision, gpu, made)
+
+    subjects = {  # those that matter most first, should time run out
+        "brute force": (faiss_index("Flat", 4 * dim), [0]),
+        "ours float16": (ours("float16"), budgets),
+        f"IVF-PQ{parts}, re-ranked": (faiss_index(f"IVF{lists},PQ{parts}x{bits}", parts + 8), deep),
+        "ours int8": (ours("int8"), budgets),
+        "IVF-SQ16": (faiss_index(f"IVF{lists},SQfp16", 2 * dim + 8), widths),
+        "ours float32": (ours("float32"), budgets),
+        "IVF-Flat": (faiss_index(f"IVF{lists},Flat", 4 * dim + 8), widths),
     }
-    found, truth = [], None
+    truth = None
     for name, (make, settings) in subjects.items():
-        begun = time.perf_counter()
-        subject = make()
-        built = time.perf_counter() - begun
-        truth = subject.search(queries, 0) if truth is None else truth
-        is_gpu = claims_gpu(subject.index, gpu)
-        for batch in batches:
-            for setting in settings:
-                row = {"subject": name, "rows": rows, "dim": dim, "batch": batch, "setting": setting, "gpu": is_gpu}
-                row |= measure(subject, queries[:batch], truth[:batch], setting, arguments.rounds)
-                row |= {"bytes": subject.bytes, "build_seconds": round(built, 1)}
-                if isinstance(subject, Ours) and copied:
-                    read = subject.scanned * dim * {"float32": 4, "float16": 2, "int8": 1}[subject.executor.precision]
-                    row["share_of_copy_bandwidth"] = round(read / subject.seconds["scan"] / copied, 4)
-                found.append(row)
-                print(f"{'speed':9} {json.dumps(row)}", file=sys.stderr, flush=True)
-                if row["recall@10"] >= RECALL:
-                    break
-        del subject  # its memory on the GPU too
-    return found
+        row = {"subject": name, "rows": rows, "dim": dim}
+        begun, before = time.perf_counter(), free_bytes(gpu)
+        try:
+            subject = make()
+            row |= {"build_seconds": round(time.perf_counter() - begun, 1), "bytes": subject.bytes}
+            if before is not None:
+                row["bytes_taken"] = before - free_bytes(gpu)  # with those for intermediate results
+            row["gpu"] = claims_gpu(subject.index, gpu)
+            truth = subject.search(queries, 0) if truth is None else truth
+            yield from tried(row, subject, queries, truth, batches, settings, rate, arguments)
+        except Exception as error:  # the others are worth having without it
+            if truth is None:
+                raise
+            yield row | {"error": f"{type(error).__name__}: {error}", "ok": False}
+        subject = None  # its memory on the GPU too
 
 
-def measure(subject, queries: np.ndarray, truth: np.ndarray, setting: int, rounds: int) -> dict[str, object]:
+def tried(row, subject, queries, truth, batches, settings, rate, arguments) -> Iterator[dict[str, object]]:
+    """One subject at each setting, in batches of each size, until it reaches the recall."""
+    width = {"float32": 4, "float16": 2, "int8": 1}
+    for batch in batches:
+        for setting in settings:
+            found = row | {"batch": batch, "setting": setting}
+            found |= measure(subject, queries[:batch], truth[:batch], setting, arguments.rounds)
+            if isinstance(subject, Ours) and rate:
+                read = subject.scanned * arguments.dim * width[subject.executor.precision]
+                found["share_of_copy_bandwidth"] = round(read / subject.seconds["scan"] / rate, 4)
+            yield found
+            if found["recall@10"] >= RECALL:
+                break
+
+
+def free_bytes(gpu: int | None) -> int | None:
+    """Of a GPU's memory."""
+    state = None if gpu is None else gpu_state(gpu)
+    return None if state is None else state.free
+
+
+def measure(subject, queries: np.ndarray, truth: np.ndarray, setting, rounds: int) -> dict[str, object]:
     """Median of some rounds, after one that does not count."""
     got = subject.search(queries, setting)
     seconds = []

@@ -1,9 +1,9 @@
-"""Where FAISS computes: on the CPU, or on one GPU; and if not there, why not, and what mends it.
+"""Where FAISS computes: on the CPU, or on GPUs; and if not there, why not, and what mends it.
 
-A device is ``"cpu"``, ``"auto"``, the number of a GPU, or ``"cuda:0"``. Nobody falls back silently: a GPU that was
-asked for by its number is used, or :class:`DeviceError` is raised; ``"auto"`` takes the CPU where there is no working
-GPU, and logs why. Whether a GPU works is found out in a process of its own, because a FAISS that has no code for it
-ends its process.
+A device is ``"cpu"``, ``"auto"``, ``"cuda"``, the number of a GPU, or ``"cuda:0"``. Nobody falls back silently: a GPU
+that was asked for is used, or :class:`DeviceError` is raised; ``"auto"`` takes the CPU where there is no working GPU,
+and logs why. ``"cuda"`` and ``"auto"`` begin with the first GPU, and take others when it is too small. Whether a GPU
+works is found out in a process of its own, because a FAISS that has no code for it ends its process.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ Device = str | int
 VARIABLE = "SEMID_DEVICE"
 """The environment variable with the device of all calls that name none."""
 _NODE = Path("/dev/nvidia0")
+_NEEDED = ("StandardGpuResources", "GpuClonerOptions", "GpuIndexIVFScalarQuantizer")  # of a FAISS for NVIDIA's GPUs
 _PROBE_SECONDS = 120  # the first use of a GPU after the machine started has been seen to take tens of seconds
 _PROBE = """
 import json, sys
@@ -73,7 +74,7 @@ class GpuState:
 
 
 def parse_device(device: Device | None) -> Device:
-    """``"cpu"``, ``"auto"`` or the number of a GPU; None stands for what ``SEMID_DEVICE`` says, or for ``"cpu"``.
+    """``"cpu"``, ``"auto"``, ``"cuda"`` or a GPU's number; None stands for what ``SEMID_DEVICE`` says, or ``"cpu"``.
 
     >>> parse_device("cuda:1"), parse_device(0), parse_device("cpu")
     (1, 0, 'cpu')
@@ -81,7 +82,7 @@ def parse_device(device: Device | None) -> Device:
     source, given = "device", device
     if given is None:
         source, given = f"The environment variable {VARIABLE}", os.environ.get(VARIABLE) or "cpu"
-    if given in ("cpu", "auto") and isinstance(given, str):
+    if isinstance(given, str) and given in ("cpu", "auto", "cuda"):
         return given
     number: int | None = None
     if isinstance(given, str):
@@ -91,7 +92,7 @@ def parse_device(device: Device | None) -> Device:
         number = int(given)
     if number is None:
         raise InvalidArgumentError(
-            f"{source} must be 'cpu', 'auto', or a GPU by its number, as 0 or 'cuda:0', not {given!r}."
+            f"{source} must be 'cpu', 'auto', 'cuda', or a GPU by its number, as 0 or 'cuda:0', not {given!r}."
         )
     return number
 
@@ -107,7 +108,7 @@ def cores() -> int:
 
 
 def choose_gpu(device: Device) -> int | None:
-    """The number of the GPU to use for what :func:`parse_device` returned; None for the CPU.
+    """The number of the GPU to use for what :func:`parse_device` returned, the first of several; None for the CPU.
 
     Raises :class:`DeviceError` if a GPU is named that cannot be used.
     """
@@ -115,9 +116,22 @@ def choose_gpu(device: Device) -> int | None:
         return None
     if device == "auto":
         return _automatic()
-    if (problem := gpu_problem(int(device))) is not None:
-        raise DeviceError(f"GPU {device} cannot be used: {problem}; or use device='cpu'.")
-    return int(device)
+    number = 0 if device == "cuda" else int(device)
+    if (problem := gpu_problem(number)) is not None:
+        raise DeviceError(f"GPU {number} cannot be used: {problem}; or use device='cpu'.")
+    return number
+
+
+def may_spread(device: Device) -> bool:
+    """Whether other GPUs may be taken, too, when the first is too small: unless one was named."""
+    return device in ("auto", "cuda")
+
+
+def working_gpus() -> list[int]:
+    """The numbers of all GPUs that FAISS computes on. Each is tried once in a process, in some seconds."""
+    if gpu_problem(0) is not None:  # without asking FAISS in this process, which it could end
+        return []
+    return [number for number in range(import_faiss().get_num_gpus()) if gpu_problem(number) is None]
 
 
 @cache
@@ -140,10 +154,12 @@ def gpu_problem(number: int = 0) -> Problem | None:
         if isinstance(cause, ModuleNotFoundError) and cause.name == "faiss":
             return Problem("FAISS is not installed", "Run: pip install 'semid-index[gpu]'")
         return Problem(f"FAISS does not load ({cause})", f"Run: {mending_line('faiss-gpu')}")
-    if not hasattr(faiss, "StandardGpuResources"):
+    if not all(hasattr(faiss, name) for name in _NEEDED):
+        seen = gpu_node_exists() or gpu_state(number) is not None
         return Problem(
-            f"the FAISS that is installed ({installed_faiss()}) has no code for GPUs",
-            f"Run: {mending_line('faiss-gpu')}",
+            f"the FAISS that is installed ({installed_faiss()}) has no code for GPUs"
+            + ("" if seen else ", and no NVIDIA GPU is seen here"),
+            f"{'Run' if seen else 'Where there is one, run'}: {mending_line('faiss-gpu')}",
         )
     return _probed(number)
 

@@ -19,11 +19,11 @@ from semid_index.rerank import ScanData
 from semid_index.search import SearchRequest
 from semid_index.segments import SearchState, Segment, Snapshot, default_leaf_size
 from semid_index.vector_lists import (
-    MOST,
     PRECISIONS,
     Precision,
     VectorListExecutor,
     candidates_for,
+    most_for,
     needed_bytes,
     typical_sizes,
 )
@@ -35,23 +35,24 @@ LEAST_MEAN = 128
 """Items that a leaf is to have on average, on a GPU. Not measured."""
 
 
-def why_not(request: SearchRequest, precision: Precision) -> str:
+def why_not(request: SearchRequest, precision: Precision, dim: int) -> str:
     """Why a search is carried out on the CPU although a GPU was chosen; "" if it is not."""
+    most = most_for(precision, dim)
     if request.exact:
         return "exact=True"
     if len(request.queries) < LEAST_QUERIES:
         return f"fewer than {LEAST_QUERIES} queries"
-    if max(request.k, request.rerank or candidates_for(request.k, precision)) > MOST:
-        return f"more than {MOST:,} candidates to re-rank"
+    if max(request.k, request.rerank or candidates_for(request.k, precision)) > most:
+        return f"more than {most:,} candidates to re-rank"
     return ""
 
 
 class SearchOnGpu:
-    """The snapshots of one index, with the vectors on a GPU."""
+    """The snapshots of one index, with the vectors on a GPU, or on several."""
 
-    def __init__(self, gpu: int | None, precision: Precision) -> None:
-        """``gpu``: None for the CPU, where all but the copying is the same."""
-        self.gpu, self.precision = gpu, precision
+    def __init__(self, gpu: int | None, precision: Precision, *, spread: bool = False) -> None:
+        """``gpu``: None for the CPU, where all but the copying is the same. ``spread``: take others if need be."""
+        self.gpu, self.precision, self.spread = gpu, precision, spread
         self._states: WeakKeyDictionary[SearchState, StateOnGpu] = WeakKeyDictionary()
         self._latest: tuple[ref[Snapshot], Snapshot] | None = None
         self._making = Lock()
@@ -78,7 +79,7 @@ class SearchOnGpu:
         sizes = [size for state in placed for size in state.leaves.sizes.tolist()] or typical_sizes(items)
         needs = {precision: needed_bytes(sizes, dim, precision) for precision in PRECISIONS}
         return {
-            "used": device_name(self.gpu),
+            "used": ", ".join(dict.fromkeys(state.executor.device for state in placed)) or device_name(self.gpu),
             "vectors": self.precision,
             "bytes": sum(state.executor.gpu_bytes for state in placed),
             "needs": needs,
@@ -91,7 +92,7 @@ class SearchOnGpu:
         if state.few or not len(state):
             return segment
         if state not in self._states:
-            self._states[state] = StateOnGpu(state, self.gpu, self.precision)
+            self._states[state] = StateOnGpu(state, self.gpu, self.precision, spread=self.spread)
         placed = self._states[state]
         return Segment(placed, None if segment.live is None else Matches.among(placed.leaves, segment.live.allowed))
 
@@ -105,12 +106,12 @@ class SearchOnGpu:
 class StateOnGpu(SearchState):
     """The items of another state, whose vectors are scanned on a GPU."""
 
-    def __init__(self, state: SearchState, gpu: int | None, precision: Precision) -> None:
+    def __init__(self, state: SearchState, gpu: int | None, precision: Precision, *, spread: bool = False) -> None:
         left_out = {"executor"}
         if leaves_are_small(state.leaves) and len(state.leaves) > 1:
             left_out |= {"leaves", "scorer"}
         vars(self).update({name: value for name, value in vars(state).items() if name not in left_out})
-        self._gpu, self._precision = gpu, precision
+        self._gpu, self._precision, self._spread = gpu, precision, spread
         _ = self.scorer, self.executor  # at once, while nobody else makes them too
 
     @cached_property
@@ -127,7 +128,7 @@ class StateOnGpu(SearchState):
         data = ScanData(
             self.leaves, self.codes, self._quantizer, self.vectors, self.config.metric, None, self._read_tail
         )
-        return VectorListExecutor(data, precision=self._precision, gpu=self._gpu)
+        return VectorListExecutor(data, precision=self._precision, gpu=self._gpu, spread=self._spread)
 
 
 def leaves_are_small(leaves: Leaves) -> bool:

@@ -17,7 +17,11 @@ from semid_index.errors import DeviceError, InvalidArgumentError, MissingDepende
 class Faiss:
     """As much of a FAISS for GPUs as is looked at before it is used."""
 
-    StandardGpuResources = object
+    StandardGpuResources = GpuClonerOptions = GpuIndexIVFScalarQuantizer = object
+
+    @staticmethod
+    def get_num_gpus():
+        return 3
 
 
 @pytest.fixture
@@ -48,16 +52,28 @@ def forget():
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [("cpu", "cpu"), ("auto", "auto"), (0, 0), (3, 3), (np.int64(1), 1), ("cuda:0", 0), ("cuda:12", 12), ("1", 1)],
+    [
+        ("cpu", "cpu"),
+        ("auto", "auto"),
+        ("cuda", "cuda"),
+        (0, 0),
+        (3, 3),
+        (np.int64(1), 1),
+        ("cuda:0", 0),
+        ("cuda:12", 12),
+        ("1", 1),
+    ],
 )
 def test_devices_that_are_understood(given, meant):
     assert parse_device(given) == meant
     assert type(parse_device(given)) is type(meant)
 
 
-@pytest.mark.parametrize("given", ["cuda", "gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "", -1, True, 1.0, b"cpu", [0]])
+@pytest.mark.parametrize("given", ["CUDA", "gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "", -1, True, 1.0, b"cpu", [0]])
 def test_others_are_refused(given):
-    with pytest.raises(InvalidArgumentError, match=r"device must be 'cpu', 'auto', or a GPU .* 'cuda:0', not") as error:
+    with pytest.raises(
+        InvalidArgumentError, match=r"device must be 'cpu', 'auto', 'cuda', or a GPU .* 'cuda:0', not"
+    ) as error:
         parse_device(given)
     assert repr(given) in str(error.value)
 
@@ -103,8 +119,26 @@ def test_a_working_gpu_is_taken(gpu_faiss):
     gpu_faiss({"gpus": 2, "works": True})
     assert gpu_problem(1) is None
     assert choose_gpu(1) == 1
-    assert choose_gpu("auto") == 0
+    assert choose_gpu("auto") == choose_gpu("cuda") == 0
     assert choose_gpu("cpu") is None
+
+
+def test_gpus_that_do_not_work_are_not_spread_over(gpu_faiss, monkeypatch):
+    gpu_faiss({"gpus": 3, "works": True})
+    monkeypatch.setattr(devices, "probe", lambda number: {"gpus": 3, "works": number != 1})
+    assert devices.working_gpus() == [0, 2]
+    assert [devices.may_spread(device) for device in ("cuda", "auto", "cpu", 0)] == [True, True, False, False]
+    gpu_faiss({"gpus": 0, "works": False})
+    assert devices.working_gpus() == []
+    with pytest.raises(DeviceError, match="GPU 0 cannot be used"):
+        choose_gpu("cuda")
+
+
+def test_a_faiss_for_other_gpus_is_not_taken_for_one(gpu_faiss, monkeypatch):
+    """That for Apple's has the first of the classes."""
+    gpu_faiss({"gpus": 1, "works": True})
+    monkeypatch.setattr(devices, "import_faiss", lambda: type("Metal", (), {"StandardGpuResources": object}))
+    assert "has no code for GPUs" in gpu_problem(0).what
 
 
 def test_gpus_that_the_environment_hides(gpu_faiss, monkeypatch):
@@ -116,9 +150,16 @@ def test_gpus_that_the_environment_hides(gpu_faiss, monkeypatch):
 def test_a_faiss_for_the_cpu_is_named_with_the_line_that_mends_it(monkeypatch):
     monkeypatch.setattr(devices, "import_faiss", lambda: object())
     monkeypatch.setattr(devices, "faiss_distributions", lambda: [("faiss-cpu", "1.15.1")])
+    line = "pip uninstall -y faiss-cpu && pip install --force-reinstall faiss-gpu"
+    monkeypatch.setattr(devices, "gpu_node_exists", lambda: True)
     problem = gpu_problem(0)
     assert "faiss-cpu 1.15.1" in problem.what
-    assert problem.mend == "Run: pip uninstall -y faiss-cpu && pip install --force-reinstall faiss-gpu"
+    assert problem.mend == f"Run: {line}"
+    monkeypatch.setattr(devices, "gpu_node_exists", lambda: False)
+    monkeypatch.setattr(devices, "gpu_state", lambda number: None)
+    problem = gpu_problem(0)
+    assert "no NVIDIA GPU is seen here" in problem.what
+    assert problem.mend == f"Where there is one, run: {line}"
     monkeypatch.setattr(devices, "faiss_distributions", list)
     assert mending_line("faiss-gpu") == "pip install --force-reinstall faiss-gpu"
 

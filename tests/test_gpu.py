@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import pytest
 
 import semid_index as semid
 from semid_index import devices, vector_lists
+from semid_index.bench.gpu_page import gpu_section
+from semid_index.bench.page import body
 from semid_index.codes import CodeLayout
 from semid_index.devices import GpuState
 from semid_index.errors import DeviceError, InvalidArgumentError
@@ -33,7 +36,9 @@ from semid_index.vector_lists import (
     TEMPORARY_BYTES,
     VectorListExecutor,
     candidates_for,
+    deal_out,
     gpu_bytes,
+    most_for,
     needed_bytes,
     tile_size,
 )
@@ -111,7 +116,7 @@ def test_lists_find_what_is_nearest(metric, precision, batch, gpu):
     data = scan_data(metric)
     executor = VectorListExecutor(data, precision=precision, gpu=gpu)
     queries, probes = queries_for(data, batch), probes_of(data, batch)
-    for k in (10, 700) if batch < 1_000 else (10,):  # 700 are more than most queries have
+    for k in (10, min(700, executor.most)) if batch < 1_000 else (10,):  # more than most queries have
         assert_as_by_hand(executor, data, queries, probes, k)
     k = 10
     _, kept = executor.search(queries, probes, candidates_for(k, precision))
@@ -158,6 +163,32 @@ def test_limits_of_the_gpu_hold_on_the_cpu():
     with pytest.raises(TypeError):
         executor.search(queries_for(data, 1), probes_of(data, 1), 5, params=faiss.SearchParametersIVF())
     assert executor.search(queries_for(data, 1), probes_of(data, 1), 2_048)[0].shape == (1, 2_048)
+    with pytest.raises(InvalidArgumentError, match="1 to 512"):
+        VectorListExecutor(data, precision="int8").search(queries_for(data, 1), probes_of(data, 1), 513)
+
+
+def test_neighbours_that_a_gpu_can_select_by_hand():
+    # 48 KiB are shared; a warp keeps 12 bytes for each neighbour: 4 x 1,024 x 12 = 2 x 2,048 x 12 = 48 KiB
+    assert most_for("float32", 4_096) == most_for("float16", 65_536) == 2_048
+    # for int8 8 bytes a dimension too: 4 x 512 x 12 = 24,576, and 24,576 / 8 = 3,072 dimensions are left
+    assert [most_for("int8", dim) for dim in (1, 768, 3_072, 3_073)] == [512, 512, 512, 256]
+    assert [most_for("int8", dim) for dim in (4_608, 4_609, 5_952, 5_953)] == [256, 128, 32, 0]
+
+
+def test_dimensions_that_int8_has_no_room_for():
+    data = scan_data("l2", rows=70, dim=6_000, lists=8)
+    with pytest.raises(DeviceError, match=r"no room for 6,000 dimensions as int8.*device_vectors='float16'"):
+        VectorListExecutor(data, precision="int8")
+    assert VectorListExecutor(data).most == 2_048
+
+
+def test_more_probes_than_lists_are_searched_in_several_goes(gpu):
+    """FAISS would end the process."""
+    data = scan_data("l2", lists=20)
+    queries, probes = queries_for(data, 30), probes_of(data, 30)
+    wide = Probes(np.pad(probes.leaves, ((0, 0), (0, 30)), constant_values=-1), probes.scores, probes.candidates)
+    assert wide.leaves.shape[1] > len(data.leaves)
+    assert_as_by_hand(VectorListExecutor(data, gpu=0), data, queries, wide, 10)
 
 
 def test_tiles_by_hand():
@@ -172,31 +203,46 @@ def test_memory_by_hand():
     assert gpu_bytes([1, 32, 33], 10, "float16") == 128 * 10 * 2 + 66 * 8 + 3 * 10 * 4
     assert gpu_bytes([1, 32, 33], 10, "float32") - gpu_bytes([1, 32, 33], 10, "int8") == 128 * 10 * 3
     assert needed_bytes([], 10, "int8") == TEMPORARY_BYTES == 1.5 * 2**30
+    # 1,000 x 768 in 16 bits, for 1,024 of them, are 1.5 MiB and take a page of 2; their numbers take 16 cells of 512
+    assert needed_bytes([1_000], 768, "float16") == TEMPORARY_BYTES + math.ceil(1.02 * (2**21 + 16 * 512 + 4 * 768))
 
 
 # -- searching an index on a GPU that is pretended --------------------------------------------------------------------
 
 
+# What FAISS 1.15.1 refuses, and where: (*) ends the process, (**) goes unnoticed and gives wrong results
 class PretendedGpuIndex:
     """An inverted file of the CPU with the limits of one on a GPU."""
 
-    def __init__(self, index):
-        self._index, self.nprobe = index, 1
-        assert index.quantizer.ntotal == index.nlist
+    by_dimension = False
+
+    def __init__(self, index, gpu):
+        self._index, self.nprobe, self.gpu = index, 1, gpu
+        assert index.quantizer.ntotal == index.nlist  # GpuIndexIVF.cu:verifyIVFSettings_
         assert index.is_trained
+        assert not self.by_dimension or 8 * index.d < 48 << 10  # GpuIndexIVFScalarQuantizer.cu:verifySQSettings_
 
     def search_preassigned(self, x, k, Iq, Dq, *, params=None):  # noqa: N803
-        assert params is None, "a selector would be ignored"
-        assert k <= 2_048
-        assert self.nprobe <= 2_048
-        assert len(x) <= 65_535
-        assert Iq.shape == Dq.shape == (len(x), self.nprobe)
+        assert params is None, "a selector would be ignored"  # (**) IVFFlat.cu; class_wrappers.py
+        assert 1 <= k <= 2_048  # IndexUtils.cu:validateKSelect
+        assert 1 <= self.nprobe <= 2_048  # IndexUtils.cu:validateNProbe
+        assert self.nprobe <= self._index.nlist  # (*) IVFFlat.cu:searchPreassigned
+        assert len(x) <= 65_535  # (**) IVFInterleaved.cuh: the kernel returns at a -1
+        assert Iq.shape == Dq.shape == (len(x), self.nprobe)  # class_wrappers.py
+        assert Iq.min(initial=0) >= -1
+        assert Iq.max(initial=0) < self._index.nlist
+        selected = min(size for size in (32, 64, 128, 256, 512, 1_024, 2_048) if k <= size)
+        kept = 12 * selected * (2 if selected == 2_048 else 4)
+        assert kept + 8 * self._index.d * self.by_dimension <= 48 << 10  # (**) IVFInterleavedScanKernelTemplate.cu
         self._index.nprobe = self.nprobe
         return self._index.search_preassigned(x, k, Iq, Dq)
 
 
 class GpuIndexIVFScalarQuantizer(PretendedGpuIndex):
-    pass
+    def __init__(self, index, gpu):
+        self.by_dimension = index.sq.qtype == faiss.ScalarQuantizer.QT_8bit
+        assert index.sq.qtype in (faiss.ScalarQuantizer.QT_8bit, faiss.ScalarQuantizer.QT_fp16)  # isSQSupported
+        super().__init__(index, gpu)
 
 
 class GpuIndexIVFFlat(PretendedGpuIndex):
@@ -206,6 +252,8 @@ class GpuIndexIVFFlat(PretendedGpuIndex):
 class GpuIndexFlatL2(faiss.IndexFlatL2):
     def __init__(self, resources, dim, config):
         super().__init__(dim)
+        assert isinstance(resources, Resources)
+        assert isinstance(config, FlatConfig)
         assert config.device == 0
 
 
@@ -215,39 +263,78 @@ class Factory(faiss.ProgressiveDimIndexFactory):
     def __init__(self, gpus):
         super().__init__()
         assert gpus == 1
+        object.__setattr__(self, "options", ClonerOptions())
+
+
+class Resources:
+    """As StandardGpuResources."""
+
+    def __init__(self):
+        self.temporary = self.pinned = None
+
+    def setTempMemory(self, size):  # noqa: N802
+        self.temporary = size
+
+    def setPinnedMemory(self, size):  # noqa: N802
+        self.pinned = size
+
+
+class ClonerOptions:
+    """The fields of GpuClonerOptions, and no other: FAISS takes those too, and ignores them."""
+
+    __slots__ = (
+        "allowCpuCoarseQuantizer",
+        "indicesOptions",
+        "reserveVecs",
+        "storeTransposed",
+        "useFloat16",
+        "useFloat16CoarseQuantizer",
+        "usePrecomputed",
+        "use_cuvs",
+        "verbose",
+    )
+
+
+class FlatConfig:
+    """The fields of GpuIndexFlatConfig."""
+
+    __slots__ = ("device", "memorySpace", "storeTransposed", "useFloat16", "use_cuvs")
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine with one GPU of 16 GB; what is copied there is in the list ``gpu.made``."""
-    made = []
+    """A machine with GPUs of 16 GB, one unless ``gpu.states`` is changed; what is copied there is in ``gpu.made``."""
+    made, held = [], set()
 
     def copy(resources, number, index, options):
         assert isinstance(resources, Resources)
-        assert number == 0
+        assert resources.temporary == TEMPORARY_BYTES
+        assert id(resources) not in held, "FAISS's account of memory has no lock"
+        held.add(id(resources))
+        machine.resources.append(resources)  # so that no other gets its id
+        assert number in machine.states
         assert options.use_cuvs is False
         kind = GpuIndexIVFFlat if isinstance(index, faiss.IndexIVFFlat) else GpuIndexIVFScalarQuantizer
-        made.append(kind(index))
+        made.append(kind(index, number))
         return made[-1]
-
-    class Resources:
-        pass
 
     pretended = {
         "StandardGpuResources": Resources,
-        "GpuClonerOptions": SimpleNamespace,
-        "GpuIndexFlatConfig": SimpleNamespace,
+        "GpuClonerOptions": ClonerOptions,
+        "GpuIndexFlatConfig": FlatConfig,
         "GpuIndexFlatL2": GpuIndexFlatL2,
+        "GpuIndexIVFScalarQuantizer": GpuIndexIVFScalarQuantizer,
         "GpuProgressiveDimIndexFactory": Factory,
         "INDICES_64_BIT": 0,
         "index_cpu_to_gpu": copy,
     }
     for name, value in pretended.items():
         monkeypatch.setattr(faiss, name, value, raising=False)
-    monkeypatch.setattr(devices, "probe", lambda number: {"gpus": 1, "works": True})
-    machine = SimpleNamespace(made=made, state=GpuState("Pretended", 15 << 30, 16 << 30))
-    monkeypatch.setattr(vector_lists, "gpu_state", lambda number: machine.state)
-    caches = (devices._automatic, devices._probed, vector_lists._resources)
+    machine = SimpleNamespace(made=made, resources=[], states={0: GpuState("Pretended", 15 << 30, 16 << 30)})
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: len(machine.states))
+    monkeypatch.setattr(devices, "probe", lambda number: {"gpus": len(machine.states), "works": True})
+    monkeypatch.setattr(vector_lists, "gpu_state", lambda number: machine.states[number])
+    caches = (devices._automatic, devices._probed)
     for cached in caches:
         cached.cache_clear()
     yield machine
@@ -354,11 +441,15 @@ def test_what_the_gpu_holds_goes_with_the_snapshot(gpu, catalogue):
         (8, {"exact": True}, "exact=True"),
         (8, {"k": 2_000}, "more than 2,048 candidates to re-rank"),
         (8, {"rerank": 2_049}, "more than 2,048 candidates to re-rank"),
+        (8, {"k": 129, "precision": "int8"}, "more than 512 candidates to re-rank"),
+        (8, {"k": 128, "precision": "int8"}, None),
         (8, {"k": 1_000}, None),
     ],
 )
 def test_searches_that_the_cpu_does_better(gpu, catalogue, queries, options, reason):
-    with semid.open(catalogue.path("l2"), read_only=True) as index:
+    options = dict(options)
+    precision = options.pop("precision", "float16")
+    with semid.open(catalogue.path("l2"), read_only=True, device_vectors=precision) as index:
         got = index.search(catalogue.queries[:queries], **options, device="cuda:0")
         assert got.trace.device == ("cuda:0" if reason is None else f"cpu ({reason})")
         assert len(gpu.made) == (reason is None)
@@ -368,10 +459,10 @@ def test_searches_that_the_cpu_does_better(gpu, catalogue, queries, options, rea
 def test_what_does_not_fit_is_refused(gpu, catalogue, caplog):
     with semid.open(catalogue.path("l2"), read_only=True, device=0, device_vectors="float32") as index:
         needs = index.stats()["device"]["needs"]
-        gpu.state = GpuState("Small", needs["float16"] + 50_000, 4 << 30)
+        gpu.states[0] = GpuState("Small", needs["float16"] + 50_000, 4 << 30)
         with pytest.raises(DeviceError, match=r"9,000 vectors of 16 .* as float32 on GPU 0.*device_vectors='float16'"):
             index.search(catalogue.queries)
-        gpu.state = GpuState("Small", 1 << 20, 4 << 30)
+        gpu.states[0] = GpuState("Small", 1 << 20, 4 << 30)
         with pytest.raises(DeviceError, match=r"No precision fits: even int8 needs 1\.6 GB"):
             index.search(catalogue.queries)
         got = index.search(catalogue.queries, device="auto")
@@ -393,6 +484,72 @@ def test_faiss_that_makes_something_else_is_found_out(gpu, catalogue, monkeypatc
         monkeypatch.setattr(faiss, "index_cpu_to_gpu", fails)
         with pytest.raises(DeviceError, match=r"to GPU 0: Error: out of memory$"):
             index.search(catalogue.queries)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+def test_leaves_are_dealt_out_over_gpus(gpu, metric, precision):
+    data = scan_data(metric, lists=61)
+    free = needed_bytes(data.leaves.sizes, 24, precision) - 1
+    gpu.states = {number: GpuState("Small", free, free) for number in range(3)}
+    executor = VectorListExecutor(data, precision=precision, gpu=1, spread=True)
+    assert executor.gpus == (1, 0)
+    assert executor.device == "cuda:1, cuda:0"
+    assert [made.gpu for made in gpu.made] == [1, 0]
+    assert sum(made._index.ntotal for made in gpu.made) == 2_000
+    on_cpu = VectorListExecutor(data, precision=precision)
+    assert executor.gpu_bytes == on_cpu.nbytes
+    for batch, k in ((1, 10), (50, 10), (50, 500)):
+        queries, probes = queries_for(data, batch), probes_of(data, batch)
+        assert_as_by_hand(executor, data, queries, probes, k)
+        (near, found), (right, same) = executor.search(queries, probes, k), on_cpu.search(queries, probes, k)
+        np.testing.assert_array_equal(near, right)
+        ends = np.full((batch, 1), -np.inf, dtype=np.float32)
+        tied = (right == np.hstack([ends, right[:, :-1]])) | (right == np.hstack([right[:, 1:], ends]))
+        assert (found == same)[~tied].all()
+
+
+def test_more_gpus_than_leaves(gpu, monkeypatch):
+    data = scan_data("l2", lists=8)
+    monkeypatch.setattr(vector_lists, "deal_out", lambda *_, **__: tuple(range(10)))
+    gpu.states = {number: GpuState("", 1 << 30, 1 << 30) for number in range(10)}
+    executor = VectorListExecutor(data, gpu=0, spread=True)
+    assert len(gpu.made) == 8
+    assert_as_by_hand(executor, data, queries_for(data, 9), probes_of(data, 9, width=4), 10)
+
+
+def test_the_emptiest_gpus_are_taken(gpu):
+    sizes = np.full(1_000, 1_000)
+    free = needed_bytes(sizes, 64, "float16") - 1
+    gpu.states = {0: GpuState("", free, free), 1: GpuState("", 1 << 20, free), 2: GpuState("", 2 * free, 3 * free)}
+    assert deal_out(sizes, 64, "float16", 0, spread=True) == (0, 2)
+    with pytest.raises(DeviceError, match="device='cuda' where there are several"):
+        deal_out(np.full(9_000, 1_000), 64, "int8", 0)
+    with pytest.raises(DeviceError, match=r"as float32 on each of 3 GPUs, and 0\.0 GB of the fullest"):
+        deal_out(np.full(9_000, 1_000), 64, "float32", 0, spread=True)
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_an_index_is_searched_on_two_gpus(gpu, catalogue, device, tmp_path):
+    path = tmp_path / "changed.duckdb"
+    path.write_bytes(catalogue.path("l2").read_bytes())
+    with semid.open(path, device=device) as index:
+        index.search(catalogue.queries)
+        free = index.stats()["device"]["needs"]["float16"] - 1
+    gpu.made.clear()
+    gpu.states = {number: GpuState("Small", free, free) for number in range(2)}
+    with semid.open(path, device=device) as index:
+        for _ in range(2):
+            for where in (None, "number % 3 > 0"):
+                got = index.search(catalogue.queries, probes=100_000, where=where)
+                assert got.trace.device == "cuda:0, cuda:1"
+                assert_same_hits(got, index.search(catalogue.queries, where=where, exact=True))
+            index.delete(np.arange(0, 500))
+        assert len(gpu.made) == 2
+        stats = index.stats()["device"]
+        assert (stats["asked"], stats["used"]) == (device, "cuda:0, cuda:1")
+        with pytest.raises(DeviceError, match="on GPU 0"):  # which was named, and no other
+            index.search(catalogue.queries, device=0)
 
 
 def test_stats_say_what_would_fit(gpu, catalogue):
@@ -488,19 +645,121 @@ def test_a_gpu_can_be_required():
     assert "GPU 0 cannot be used" in done.stdout
 
 
+def bench(*arguments, code="", **environment):
+    """Run the benchmark in a process of its own: how it ended."""
+    code = f"import sys; {code}from benchmarks import gpu_parity; sys.exit(gpu_parity.main())"
+    command = [sys.executable, "-c", code, "--cpu-only", "--rounds", "1", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
 def test_the_benchmark_runs_without_a_gpu(tmp_path):
     figures = tmp_path / "figures.json"
-    code = "import sys; sys.modules['duckdb'] = None; from benchmarks.gpu_parity import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "--cpu-only", "--rounds", "1", "--json", str(figures)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = bench("--json", figures)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(figures.read_text())
     assert found["failed"] == 0
-    assert not any(row["gpu"] for row in found["parity"] + found["speed"])
+    assert found["environment"]["device"] == "cpu"
+    assert not any(row["gpu"] for row in found["parity"] + found["speed"] + found["training"] + found["bandwidth"])
     assert {row["precision"] for row in found["parity"]} == set(PRECISIONS)
     assert {row["batch"] for row in found["parity"]} == {1, 32, 1_024}
     assert {row["case"] for row in found["parity"]} >= {"padding", "empty lists", "duplicates", "filter"}
     best = {row["subject"]: row["recall@10"] for row in found["speed"]}
-    assert len(best) == 6
+    assert len(best) == 7
     assert min(best.values()) >= 0.9, "widened until 95 % are found, or all settings were tried"
+
+
+def test_the_benchmark_needs_no_duckdb(tmp_path):
+    done = bench("--json", tmp_path / "figures.json", "bandwidth", code="sys.modules['duckdb'] = None; ")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "figures.json").read_text())["bandwidth"][0]["bytes_per_second"] > 1e6
+
+
+def test_a_benchmark_that_ends_early_leaves_what_it_has(tmp_path):
+    """A part whose process dies, one that fails, one that is out of time."""
+    figures = tmp_path / "figures.json"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'bandwidth' in sys.argv[-1:]:\n"
+        "    os.abort()\n"
+        "if 'training' in sys.argv[-1:]:\n"
+        "    sys.modules['semid_index.quantizers.rq'] = None\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = bench("--json", figures, "--seconds", "0.01", "bandwidth", "parity", PYTHONPATH=path)
+    assert done.returncode == 1
+    found = json.loads(figures.read_text())
+    assert "ended early: status -6" in found["bandwidth"][0]["error"]
+    assert found["failed"] == 1
+    assert found["parity"][0]["ok"]
+    assert found["parity"][-1]["left_out"] == "the rest of this part: no time was left"
+
+
+def test_a_subject_that_fails_leaves_the_others():
+    """In the part that takes longest."""
+    from benchmarks import gpu_parity
+
+    arguments = SimpleNamespace(rows=600, dim=9, gpu=None, batches=[16], rounds=1)  # 9 dimensions: product codes of 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_parity, "pq_parts", lambda dim: 2)
+        rows = list(gpu_parity.speed(arguments))
+    (failed,) = [row for row in rows if "error" in row]
+    assert failed["subject"] == "IVF-PQ2, re-ranked"
+    assert failed["ok"] is False
+    assert len({row["subject"] for row in rows}) == 7
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def gpu_figures():
+    """As the benchmark writes them, small."""
+    where = {"date": "2031-05-06", "device": "cuda:0", "gpu": "Pretended H1", "gpu_bytes": 80e9, "cores": 16}
+    row = {"rows": 1_000_000, "dim": 768, "gpu": True, "bytes": 2_000_000_000, "build_seconds": 12.3, "batch": 1_024}
+    rates = {"queries_per_second": 50_000.4, "spread": [40_000.4, 60_000.4]}
+    ours = row | {"subject": "ours float16", **rates}
+    return {
+        "environment": where | {"faiss": "9.9.9, faiss-gpu 9.9.9"},
+        "parity": [
+            {"metric": "l2", "precision": "int8", "case": "filter", "gpu": True, "ok": True},
+            {"metric": "l2", "precision": "int8", "case": "padding", "gpu": True, "ok": False},
+            {"metric": "l2", "precision": "int8", "case": "padding", "gpu": True, "ok": False},
+        ],
+        "bandwidth": [{"gpu": True, "bytes_per_second": 4.3e12, "ok": True}],
+        "speed": [
+            ours | {"setting": 1, "recall@10": 0.80, "share_of_copy_bandwidth": 0.11},
+            ours | {"setting": 2, "recall@10": 0.96, "share_of_copy_bandwidth": 0.33},
+            ours | {"setting": 3, "recall@10": 0.99, "share_of_copy_bandwidth": 0.44},
+            row | {"subject": "IVF-Flat", "setting": 4, "recall@10": 0.7, **rates, "gpu": False},
+            row | {"subject": "IVF-PQ96, re-ranked", "error": "RuntimeError: no memory", "ok": False},
+            {"left_out": "the rest of this part: no time was left"},
+        ],
+        "failed": 3,
+    }
+
+
+def test_the_page_shows_what_was_found_on_a_gpu(tmp_path):
+    assert gpu_section(tmp_path) == ""
+    (tmp_path / "gpu-1m.json").write_text(json.dumps(gpu_figures()))
+    page = body(tmp_path, None)  # no other results are looked for in this file
+    assert "## On a GPU" in page
+    assert "2031-05-06: Pretended H1, 80 GB, 16 cores, FAISS 9.9.9, faiss-gpu 9.9.9." in page
+    assert "- 1 of 3 cases agree" in page
+    assert "- **parity l2 int8 padding: disagrees (2 times)**" in page
+    assert "4,300 GB a second" in page
+    assert "- **speed IVF-PQ96, re-ranked: RuntimeError: no memory**" in page
+    assert "- **speed: the rest of this part: no time was left**" in page
+    rows = [line for line in page.splitlines() if line.startswith("| 1,024")]
+    assert rows == [
+        "| 1,024 | **ours float16** | GPU | 0.960 | 50,000 (40,000-60,000) | 2,000 | 33% | 12 s |",
+        "| 1,024 | IVF-Flat | CPU | 0.700 | 50,000 (40,000-60,000) | 2,000 |  | 12 s |",
+    ]
+
+
+def test_the_page_understands_what_the_benchmark_writes(tmp_path):
+    figures = tmp_path / "gpu.json"
+    assert bench("--json", figures, "--rows", "1000", "speed", "training").returncode == 0
+    page = gpu_section(tmp_path)
+    assert "**no GPU**" in page
+    assert "another code (on the CPU)" in page
+    assert page.count("| **ours ") == 6

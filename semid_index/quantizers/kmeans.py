@@ -109,6 +109,8 @@ class _TrainingGpu:
     number: int
     clusterings: int = 0
     """How many it was used for."""
+    resources: Any = None
+    """FAISS's memory and streams there, for the next one too: to make them takes longer than to cluster sub-vectors."""
 
 
 _training_gpu: ContextVar[_TrainingGpu | None] = ContextVar("training_gpu", default=None)
@@ -150,9 +152,10 @@ def _flat_index(faiss: Any, dim: int) -> Iterator[Any]:
         yield faiss.IndexFlatL2(dim)
         return
     with _ON_GPU:
-        resources, config = faiss.StandardGpuResources(), faiss.GpuIndexFlatConfig()
+        gpu.resources, config = gpu.resources or faiss.StandardGpuResources(), faiss.GpuIndexFlatConfig()
         config.device = gpu.number
-        index = faiss.GpuIndexFlatL2(resources, dim, config)
+        config.use_cuvs = False  # the same distances from every build of FAISS
+        index = faiss.GpuIndexFlatL2(gpu.resources, dim, config)
         yield index
         if not type(index).__name__.startswith("GpuIndex"):
             raise DeviceError(f"FAISS made a {type(index).__name__} where an index on GPU {gpu.number} was asked for.")
@@ -168,6 +171,7 @@ def _index_factory(faiss: Any) -> Iterator[Any]:
         return
     with _ON_GPU:
         factory = faiss.GpuProgressiveDimIndexFactory(1)
+        factory.options.use_cuvs = False
         if gpu.number:  # it counts from 0
             factory.devices.clear()
             factory.devices.push_back(gpu.number)
