@@ -12,7 +12,7 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
-from semid_index import tables, versions
+from semid_index import checksums, tables, versions
 from semid_index.arrow import fixed_size_list, fixed_size_matrix
 from semid_index.codes import CodeLayout, pack, pack_rest, unpack
 from semid_index.collisions import Below
@@ -98,7 +98,7 @@ class Appending:
         self.add_codes(batch)
         if batch.vectors:
             stored = {name: fixed_size_list(v) if v.ndim == 2 else pa.array(v) for name, v in batch.vectors.items()}
-            vectors = pa.table({"row": batch.rows, **stored})
+            vectors = pa.table({"row": batch.rows, **stored, **_checksums(batch)})
             run_over(self._cursor, vectors, "INSERT INTO semid_vectors BY NAME SELECT * FROM batch")
         self._add_metadata(batch)
         self.next_row = int(batch.rows[-1]) + 1
@@ -112,6 +112,7 @@ class Appending:
             codes["sid_rest"] = fixed_size_list(batch.rest)
         codes["bucket"] = (batch.sids >> tables.bucket_shift(self._layout)).astype(np.int32)
         codes["norm2"] = batch.norms
+        codes["checksum"] = checksums.of_codes(batch.rows, batch.ids, batch.sids, batch.rest)
         if batch.ranks is not None:
             codes["dup_rank"] = pa.array(batch.ranks, mask=batch.ranks < 0)
         run_over(self._cursor, pa.table(codes), "INSERT INTO semid_staged BY NAME SELECT * FROM batch")
@@ -256,6 +257,16 @@ class Appending:
                 f"The metadata column {column} has the type {given}, but in the index it is {kept}, which cannot hold "
                 f"{str(found[0][0])[:80]!r}. Convert the column, or give it another name."
             )
+
+
+def _checksums(batch: ItemBatch) -> dict[str, checksums.Checksums]:
+    """The columns of ``semid_vectors`` that tell whether the others are as they were written."""
+    found = {}
+    if "v" in batch.vectors:
+        found["v_checksum"] = checksums.of_vectors(batch.rows, batch.vectors["v"], batch.vectors.get("scale"))
+    if "tail" in batch.vectors:
+        found["tail_checksum"] = checksums.of_vectors(batch.rows, batch.vectors["tail"])
+    return found
 
 
 def _key_expressions(layout: CodeLayout, depth: int) -> dict[str, str]:

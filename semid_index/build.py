@@ -37,7 +37,7 @@ from semid_index.quantizers.kmeans import training_device
 from semid_index.quantizers.tail import Tail, default_tail
 from semid_index.records import CollisionCounts, IndexConfig, LevelReport, Metric, TrainReport
 from semid_index.rerank import to_stored
-from semid_index.store import Store
+from semid_index.store import Store, fingerprints
 from semid_index.vectors import VectorSource, open_vectors
 
 if TYPE_CHECKING:
@@ -108,6 +108,9 @@ def train(
 def restore(store: Store, quantizer_class: type[Quantizer], policy: CollisionPolicy) -> tuple[Quantizer, Tail | None]:
     """The trained quantizer of an index, with the levels that the policy adds, and its tail quantizer."""
     arrays = store.learned_arrays()
+    recorded = store.meta("fingerprints")  # not in files of format 1
+    if recorded is not None and recorded != fingerprints(arrays):
+        raise CorruptIndexError(f"{store.path} is damaged: its codebooks are not as training left them. {RESTORE}")
     tail = arrays.pop(TAIL_ARRAY, None)
     for level in range(store.layout.levels, store.layout.levels - len(policy.extra_levels), -1):
         arrays.pop(f"codebook_{level}", None)
@@ -515,9 +518,10 @@ def _check_rows(source: VectorSource, config: IndexConfig, batch_size: int, *, d
 
 def unusable_rows(vectors: Vectors, metric: Metric) -> NDArray[np.int64]:
     """The rows that have no distances to others: NaN, infinite, far too long, or zero under cosine."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares = np.einsum("ij,ij->i", vectors, vectors)
+    squares = np.einsum("ij,ij->i", vectors, vectors)  # which warns of no overflow
     least = np.float32(0) if metric == "cosine" else np.float32(-1)
+    if len(squares) == 1 and least < squares[0] <= _LARGEST_SQUARE:  # a single query has no time to lose
+        return np.empty(0, dtype=np.int64)
     return np.flatnonzero(~((squares > least) & (squares <= _LARGEST_SQUARE)))  # no comparison with NaN is true
 
 

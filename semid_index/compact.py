@@ -7,6 +7,7 @@ whatever happens, there is the file that was there before, or the whole new one.
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from semid_index.store import Store
 
 _PROBED_ROWS = 256  # stored vectors looked at to choose how they are written
 _ATTEMPTS = 3  # copies that compact writes while others go on changing the file
+_parts: set[str] = set()  # files that copies in this process are being written to
 
 
 def save_copy(store: Store, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -34,6 +36,7 @@ def save_copy(store: Store, path: str | os.PathLike[str], *, overwrite: bool = F
         check_place(target, store.path, overwrite=overwrite)
         if target.exists():
             check_not_in_use(target)
+        _remove_leftovers(target)
         store.write_copy(part, target, compress=_compresses(store))
         sync_file(part)
         remove_log(target)  # of the file that is replaced
@@ -78,6 +81,7 @@ def _write_anew(store: Store, path: Path, release: Callable[[], None]) -> None:
 def _complete(target: Path, name: str) -> Iterator[Path]:
     """Where to write what is to become ``target``: a file beside it, of which nothing is left if that fails."""
     part = target.with_name(name)
+    _parts.add(os.path.realpath(part))
     try:
         _remove_part(part)
         yield part
@@ -88,6 +92,20 @@ def _complete(target: Path, name: str) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             _remove_part(part)
+        _parts.discard(os.path.realpath(part))
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what earlier copies to the same place left when their processes were killed.
+
+    Another process may be writing one just now: then DuckDB holds a lock on it.
+    """
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.part")
+    for part in [entry for entry in target.parent.iterdir() if name.fullmatch(entry.name)]:
+        if os.path.realpath(part) not in _parts:
+            with suppress(OSError, IndexLockedError):
+                check_not_in_use(part)
+                _remove_part(part)
 
 
 def _remove_part(part: Path) -> None:

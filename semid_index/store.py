@@ -25,7 +25,7 @@ import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
-from semid_index import tables, versions
+from semid_index import checksums, tables, versions
 from semid_index.appending import Appending, rest_of, write_history, write_meta
 from semid_index.arrow import batches, fixed_size_list, fixed_size_matrix, numpy_column
 from semid_index.codes import CodeLayout, Prefix, prefix_range, unpack
@@ -77,7 +77,7 @@ _ATTEMPTS = 8  # at a write that conflicts with somebody else's
 _FIRST_WAIT = 0.01  # seconds before the second attempt; each further one waits twice as long
 _MOST_MOVED = 1_000  # items that are looked up by id where the map is wrong, before it is given up
 _LEAST_MEMORY = 512 << 20  # bytes that DuckDB may hold while it writes or reads vectors
-_KEPT_MEMORY = 32 << 20  # bytes that it may go on holding afterwards
+_KEPT_MEMORY = 4 << 20  # bytes that it may go on holding afterwards
 _T = TypeVar("_T")
 _numbers = count(1)  # for names that no other connection of the process uses
 
@@ -149,9 +149,11 @@ class Store:
         self._file_lock = threading.RLock()  # held while another file takes the place of this one
         self._moments = threading.local()
         self._known_code_columns: dict[str, str] = {}
+        self._known_columns: dict[tuple[str, str], bool] = {}
         self._item_places: ItemPlaces | None = None
         self._joins = _JOINS_PER_MAP  # the first search with a filter reads the map, as a search reads all it needs
         self._old_version: int | None = None
+        self._known_settings: tuple[int, dict[str, str]] | None = None
         self.path = path
         self.read_only = read_only
 
@@ -208,12 +210,13 @@ class Store:
             raise InvalidArgumentError(
                 f"{self.path} has no version {version}. It has {known}and {self.version}, which is the present one."
             )
-        self.read_only, self._old_version = True, version
+        self.read_only, self._old_version, self._known_settings = True, version, None
 
     def close(self) -> None:
         """Release the file. Closing twice is allowed."""
         with self._file_lock:
             connection, self._connection = self._connection, None
+            self._known_settings = None
             if connection is not None:
                 connection.close()
 
@@ -239,7 +242,7 @@ class Store:
             yield
             return
         cursor = self.cursor()
-        self._moments.writes = self.writes
+        self._moments.writes, self._moments.settings = self.writes, None
         try:
             cursor.execute("BEGIN")
             self._moments.cursor = cursor
@@ -318,7 +321,10 @@ class Store:
             settings["memory_limit"] = f"{max(_LEAST_MEMORY, 16 * ROW_GROUP * self.config.dim) >> 20}MiB"
         with self._write_lock:
             cursor = self.cursor()
-            before = {name: cursor.execute("SELECT current_setting(?)", [name]).fetchall()[0][0] for name in settings}
+            before: dict[str, str] = {}
+            if settings:
+                current = ", ".join(f"current_setting('{name}')" for name in settings)
+                before = dict(zip(settings, cursor.execute(f"SELECT {current}").fetchall()[0], strict=True))
             try:
                 for name, value in settings.items():
                     cursor.execute(f"SET {name} = '{value}'")
@@ -542,11 +548,29 @@ class Store:
 
     def meta(self, key: str) -> Any:
         """One setting; None if it was never written."""
-        found = self._fetch("SELECT value FROM semid_meta WHERE key = ?", [key])
+        written = self._all_settings().get(key)
         try:
-            return json.loads(found[0][0]) if found else None
+            return None if written is None else json.loads(written)
         except ValueError as error:
             raise CorruptIndexError(f"{self.path} is damaged: its setting '{key}' is no JSON. {RESTORE}") from error
+
+    def _all_settings(self) -> dict[str, str]:
+        """Every setting as it is written, read once for each moment and once after each write.
+
+        A small ``add`` asks for 13 of them, and each read would cost as much as a search.
+        """
+        query = "SELECT key, value FROM semid_meta"
+        if self._reader_of_thread() is not None:  # what others wrote since is none of this moment's
+            if self._moments.settings is None:
+                self._moments.settings = dict(self._fetch(query))
+            return self._moments.settings  # type: ignore[no-any-return]
+        writes, known = self.writes, self._known_settings
+        if known is not None and known[0] == writes == self.writes_begun and not self.closed:
+            return known[1]
+        found = dict(self._fetch(query))
+        if self.writes_begun == writes:  # else it may be of before the write that is ending, or of after it
+            self._known_settings = (writes, found)
+        return found
 
     @property
     def config(self) -> IndexConfig:
@@ -644,7 +668,7 @@ class Store:
                 ) from error
         if self._has_table("semid_codebook"):
             codebooks = self.arrow("SELECT level, codeword FROM semid_codebook ORDER BY level, code")
-            levels = codebooks["level"].to_numpy()
+            levels = numpy_column(codebooks["level"])
             words = fixed_size_matrix(codebooks["codeword"])
             for level in np.unique(levels):
                 arrays[f"codebook_{level}"] = words[levels == level]
@@ -654,7 +678,7 @@ class Store:
         """The codes of all items, or of those with some rows. Reads no ids and no vectors."""
         order = self._id_order
         found = self.arrow(f"SELECT row, {order} FROM semid_codes{_where_row(rows)} ORDER BY {order}, row")
-        return StoredCodes(found["row"].to_numpy(), found["sid"].to_numpy(), rest_of(found))
+        return StoredCodes(numpy_column(found["row"]), numpy_column(found["sid"]), rest_of(found))
 
     def codes_of(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """The codes of some rows, in the order asked for: (m, levels)."""
@@ -672,16 +696,31 @@ class Store:
         import pyarrow as pa
 
         wanted = pa.table({"row": rows, "position": np.arange(len(rows))})
+        checked = self._has_column("semid_codes", "checksum")
+        names = f"c.row, c.id, {self._id_order}" + (", checksum" if checked else "")
         found = self.arrow(
-            f"SELECT c.id, {self._id_order} FROM wanted w JOIN semid_codes c ON c.row = w.row ORDER BY w.position",
-            wanted=wanted,
+            f"SELECT {names} FROM wanted w JOIN semid_codes c ON c.row = w.row ORDER BY w.position", wanted=wanted
         )
-        return found["id"].combine_chunks(), unpack(found["sid"].to_numpy(), self.layout, rest_of(found))
+        ids, sids, rest = found["id"].combine_chunks(), numpy_column(found["sid"]), rest_of(found)
+        if checked:
+            expected = checksums.of_codes(numpy_column(found["row"]), ids, sids, rest)
+            self._check("codes", numpy_column(found["checksum"]), expected)
+        return ids, unpack(sids, self.layout, rest)
 
-    def ids(self, rows: range | None = None) -> pa.Array:
-        """The id of each item, or of those with some rows, in the order of :meth:`codes`."""
-        column = self.arrow(f"SELECT id FROM semid_codes{_where_row(rows)} ORDER BY {self._id_order}, row")["id"]
-        return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    def ids(self, rows: range | None = None, *, of: StoredCodes | None = None) -> pa.Array:
+        """The id of each item, or of those with some rows, in the order of :meth:`codes`.
+
+        Raises :class:`CorruptIndexError` if they do not belong to the codes ``of`` the same items.
+        """
+        checked = of is not None and self._has_column("semid_codes", "checksum")
+        names = "id, checksum" if checked else "id"
+        found = self.arrow(f"SELECT {names} FROM semid_codes{_where_row(rows)} ORDER BY {self._id_order}, row")
+        column = found["id"]
+        ids = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+        if checked and of is not None:
+            expected = checksums.of_codes(of.rows, ids, of.sids, of.rest)
+            self._check("codes", numpy_column(found["checksum"]), expected)
+        return ids
 
     def rows(self) -> NDArray[np.int64]:
         """The rows of all items, in no order."""
@@ -704,24 +743,27 @@ class Store:
         self, *columns: str, rows: range | None = None
     ) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
         """The rows and the named columns of ``semid_vectors``, some ten thousand items at a time."""
+        names = self._with_checksums(columns)
         with errors_translated(self.path), self._reading_settings():
-            relation = self._reader().sql(f"SELECT row, {', '.join(columns)} FROM semid_vectors{_where_row(rows)}")
+            relation = self._reader().sql(f"SELECT row, {', '.join(names)} FROM semid_vectors{_where_row(rows)}")
             for batch in batches(relation, _READ_BATCH):
-                yield (
-                    batch.column(0).to_numpy(),
-                    {name: numpy_column(batch.column(i)) for i, name in enumerate(columns, 1)},
-                )
+                numbers = numpy_column(batch.column(0))
+                found = {name: numpy_column(batch.column(i)) for i, name in enumerate(names, 1)}
+                self._check_vectors(numbers, found)
+                yield numbers, {name: found[name] for name in columns}
 
     def vectors_of(self, rows: NDArray[np.int64], *columns: str) -> dict[str, NDArray[Any]]:
         """The named columns of ``semid_vectors`` for some rows, in the order asked for."""
         import pyarrow as pa
 
         wanted, inverse = np.unique(rows, return_inverse=True)
+        names = self._with_checksums(columns)
         found = self.arrow(
-            f"SELECT v.row, {', '.join('v.' + name for name in columns)} FROM semid_vectors v JOIN wanted USING (row)",
+            f"SELECT v.row, {', '.join('v.' + name for name in names)} FROM semid_vectors v JOIN wanted USING (row)",
             wanted=pa.table({"row": wanted}),
         )
-        order = np.argsort(found["row"].to_numpy())
+        self._check_vectors(numpy_column(found["row"]), {name: numpy_column(found[name]) for name in names})
+        order = np.argsort(numpy_column(found["row"]))
         if len(order) != len(wanted):
             raise CorruptIndexError(f"{len(wanted) - len(order)} stored vectors are missing from {self.path}.")
         return {name: numpy_column(found[name])[order][inverse] for name in columns}
@@ -998,6 +1040,37 @@ class Store:
             yield cursor, f"{function}({', '.join(stored)})"
         finally:
             cursor.remove_function(function)
+
+    def _with_checksums(self, columns: Iterable[str]) -> list[str]:
+        """Some columns of ``semid_vectors``, and those that are needed to check them, as far as the file has any."""
+        names = list(columns)
+        if "v" in names and self._has_column("semid_vectors", "v_checksum"):
+            needs_scale = "scale" not in names and self._has_column("semid_vectors", "scale")
+            names += ["v_checksum", *(["scale"] if needs_scale else [])]
+        if "tail" in names and self._has_column("semid_vectors", "tail_checksum"):
+            names.append("tail_checksum")
+        return names
+
+    def _has_column(self, table: str, name: str) -> bool:
+        """Whether a table has a column. Files of older formats lack some, where they are only read."""
+        if (table, name) not in self._known_columns:
+            self._known_columns[table, name] = any(column == name for column, *_ in self._fetch(f"DESCRIBE {table}"))
+        return self._known_columns[table, name]
+
+    def _check_vectors(self, rows: NDArray[np.int64], found: Mapping[str, NDArray[Any]]) -> None:
+        """Refuse stored vectors and tails that are not as they were written, where their checksums are there, too."""
+        if "v_checksum" in found:
+            self._check("vectors", found["v_checksum"], checksums.of_vectors(rows, found["v"], found.get("scale")))
+        if "tail_checksum" in found:
+            self._check("tail codes", found["tail_checksum"], checksums.of_vectors(rows, found["tail"]))
+
+    def _check(self, what: str, stored: checksums.Checksums, expected: checksums.Checksums) -> None:
+        wrong = int(np.count_nonzero(checksums.wrong(stored, expected)))
+        if wrong:
+            raise CorruptIndexError(
+                f"{self.path or 'The index'} is damaged: the {what} of {wrong:,} of {len(stored):,} items are not "
+                f"those that were written. {RESTORE}"
+            )
 
     def _fetch(self, query: str, params: list[Any] | None = None) -> list[tuple[Any, ...]]:
         with errors_translated(self.path):

@@ -28,8 +28,9 @@ from semid_index.codes import CodeLayout
 from semid_index.errors import NewerFormatError
 from semid_index.records import IdType, Tier
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MAX_CODE_COLUMNS = 64  # the view has a column per level up to here; scalar quantization has one level per dimension
+CHECKSUM_TYPE = "USMALLINT DEFAULT 0"
 _ROUTING_BITS = 16  # the bucket column holds the longest prefix of whole levels that fits in so many bits
 
 Execute = Callable[[str], Any]
@@ -93,11 +94,29 @@ def _m004_versions(execute: Execute) -> None:
         create_map_view(execute)
 
 
+def _m005_checksums(execute: Execute) -> None:
+    """Columns for the checksums of what is stored of each item; those that are there already get none."""
+    found = execute(
+        "SELECT schema_name, table_name, list(column_name) FROM duckdb_columns() "
+        "WHERE table_name IN ('semid_codes', 'semid_vectors') AND database_name = current_database() "
+        "AND (schema_name, table_name) IN (SELECT (schema_name, table_name) FROM duckdb_tables()) GROUP BY ALL"
+    ).fetchall()
+    for schema, table, columns in found:
+        added = (
+            ["checksum"]
+            if table == "semid_codes"
+            else [f"{name}_checksum" for name in ("v", "tail") if name in columns]
+        )
+        for name in added:
+            execute(f"ALTER TABLE {schema}.{table} ADD COLUMN {name} {CHECKSUM_TYPE}")
+
+
 _MIGRATIONS: tuple[Callable[[Execute], None], ...] = (
     _m001_first_tables,
     _m002_buckets,
     _m003_history,
     _m004_versions,
+    _m005_checksums,
 )
 
 
@@ -182,7 +201,8 @@ def create_code_table(execute: Execute, layout: CodeLayout, id_type: IdType) -> 
     rest = f", sid_rest {rest_type(layout)} NOT NULL" if layout.rest_levels else ""
     execute(
         f"CREATE TABLE semid_codes (row BIGINT NOT NULL, id {ID_TYPES[id_type]} PRIMARY KEY, "
-        f"sid BIGINT NOT NULL{rest}, bucket INTEGER NOT NULL, dup_rank INTEGER NOT NULL, norm2 FLOAT NOT NULL)"
+        f"sid BIGINT NOT NULL{rest}, bucket INTEGER NOT NULL, dup_rank INTEGER NOT NULL, norm2 FLOAT NOT NULL, "
+        f"checksum {CHECKSUM_TYPE})"
     )
 
 
@@ -207,6 +227,9 @@ def vector_columns(dim: int, tier: Tier, tail_bytes: int) -> dict[str, str]:
         columns["scale"] = "scale FLOAT NOT NULL"
     if tail_bytes:
         columns["tail"] = f"tail UTINYINT[{tail_bytes}] NOT NULL"
+    for name in ("v", "tail"):
+        if name in columns:
+            columns[f"{name}_checksum"] = f"{name}_checksum {CHECKSUM_TYPE}"
     return columns
 
 
@@ -329,6 +352,8 @@ COLUMNS: dict[str, dict[str, str]] = {
         "bucket": "the first codes alone, as many whole levels as fit into 16 bits (at least one); to join on from SQL",
         "dup_rank": "as in `semantic_ids`",
         "norm2": "the squared length of the vector that the codes decode to",
+        "checksum": "1 to 65,521, of `row`, `id`, `sid` and `sid_rest`; 0 where there is none, as the item was written "
+        "in an older format",
     },
     "semid_vectors": {
         "row": "the item's number; joins `semid_codes`",
@@ -336,6 +361,8 @@ COLUMNS: dict[str, dict[str, str]] = {
         '`"float16"`, absent for `"none"`',
         "scale": 'with `"int8"`: the vector is about `v * scale`',
         "tail": "tail codes, two 4-bit codes per byte, the first in the low bits; absent without a tail",
+        "v_checksum": "of `row`, `v` and `scale`, as in `semid_codes`",
+        "tail_checksum": "of `row` and `tail`",
     },
     "semid_history": {
         "id": "the id of an item that was deleted, or has another ID now",

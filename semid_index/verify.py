@@ -6,6 +6,7 @@ cannot be carried out has failed, and says why; the others go on.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from semid_index.arrow import fixed_size_matrix
+from semid_index import checksums
+from semid_index.arrow import fixed_size_matrix, numpy_column
 from semid_index.build import unusable_rows
 from semid_index.codes import CodeLayout, format_id, unpack
 from semid_index.collisions import CollisionPolicy, Digit, Share, own_quantizer
@@ -98,6 +100,9 @@ class _CodesPass:
     wrong_norms: int
     breaks: NDArray[np.int64]
     """Where an item has a smaller ID than the one before it."""
+    checked: int
+    """Items with a checksum."""
+    wrong_checksums: int
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,10 @@ class _VectorsPass:
     rows: NDArray[np.int64]
     unusable: int
     """Stored vectors that ``add`` would refuse."""
+    checked: int
+    """Stored vectors with a checksum, or tail codes where there are only those."""
+    wrong_checksums: int
+    """Of vectors and of tail codes."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,15 @@ class _Contents:
         """Whether the file has this table."""
         return bool(self.count(f"SELECT count(*) FROM duckdb_tables() WHERE table_name = '{name}' AND NOT internal"))
 
+    def setting(self, key: str) -> Any:
+        """A setting as it is in the file; None if it was never written."""
+        found = dict(self.snapshot.rows("SELECT key, value FROM semid_meta"))
+        return json.loads(found[key]) if key in found else None
+
+    def columns(self, table: str) -> list[str]:
+        """The columns of a table."""
+        return [name for name, *_ in self.snapshot.rows(f"DESCRIBE {table}")]
+
     @cached_property
     def codes(self) -> _CodesPass:
         """All codes, read once."""
@@ -171,17 +189,12 @@ def _codes_of(batch: Any, layout: CodeLayout) -> Codes:
 
 def _read_codes(index: _Contents) -> _CodesPass:
     layout, sizes = index.layout, np.array(index.layout.codebook_sizes)
-    rows, breaks, outside, wrong_buckets, wrong_norms, seen = (
-        [np.empty(0, np.int64)],
-        [np.empty(0, np.int64)],
-        0,
-        0,
-        0,
-        0,
-    )
-    rest = ", sid_rest" if layout.rest_levels else ""
+    rows, breaks = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    outside = wrong_buckets = wrong_norms = seen = checked = wrong_checksums = 0
+    names = ["row", "sid", *(["sid_rest"] if layout.rest_levels else []), "bucket", "norm2"]
+    names += ["id", "checksum"] if "checksum" in index.columns("semid_codes") else []
     last: NDArray[np.int64] | None = None
-    for batch in index.snapshot.batches(f"SELECT row, sid{rest}, bucket, norm2 FROM semid_codes", _BATCH):
+    for batch in index.snapshot.batches(f"SELECT {', '.join(names)} FROM semid_codes", _BATCH):
         sids, codes = batch.column("sid").to_numpy(), _codes_of(batch, layout)
         fits = (sids >= 0) & (sids >> layout.sid_bits == 0) & (codes < sizes).all(axis=1)
         outside += int((~fits).sum())
@@ -195,7 +208,15 @@ def _read_codes(index: _Contents) -> _CodesPass:
         breaks.append(np.flatnonzero(_precedes(after, before)) + seen + (last is None))
         rows.append(batch.column("row").to_numpy())
         last, seen = keys[-1:], seen + len(keys)
-    return _CodesPass(np.concatenate(rows), outside, wrong_buckets, wrong_norms, np.concatenate(breaks))
+        if "checksum" in names:
+            written = numpy_column(batch.column("checksum"))
+            packed_rest = fixed_size_matrix(batch.column("sid_rest")) if layout.rest_levels else None
+            now = checksums.of_codes(rows[-1], batch.column("id"), sids, packed_rest)
+            checked += int(np.count_nonzero(written))
+            wrong_checksums += int(np.count_nonzero(checksums.wrong(written, now)))
+    return _CodesPass(
+        np.concatenate(rows), outside, wrong_buckets, wrong_norms, np.concatenate(breaks), checked, wrong_checksums
+    )
 
 
 def _precedes(keys: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -228,7 +249,8 @@ def _read_vectors(index: _Contents) -> _VectorsPass:
     if not index.has_table("semid_vectors"):
         raise _CannotTell('vectors="none" without a tail keeps nothing of the vectors')
     columns = [*_vector_columns(index), *(["tail"] if index.config.tail else [])]
-    rows, unusable = [np.empty(0, dtype=np.int64)], 0
+    columns += [name for name in ("v_checksum", "tail_checksum") if name in index.columns("semid_vectors")]
+    rows, unusable, checked, wrong_checksums = [np.empty(0, dtype=np.int64)], 0, 0, 0
     for batch in index.snapshot.batches(f"SELECT row, {', '.join(columns)} FROM semid_vectors", _BATCH):
         rows.append(batch.column("row").to_numpy())
         if "v" in columns:
@@ -237,7 +259,16 @@ def _read_vectors(index: _Contents) -> _VectorsPass:
                 fine = np.isfinite(_squared_lengths(vectors))  # as no value or its square is infinite or NaN
             # a scale is never 0; and rounding can make a tiny vector zero, which is then no damage
             unusable += int((~(fine if scale is None else fine & (scale > 0))).sum())
-    return _VectorsPass(np.concatenate(rows), unusable)
+        values = {name: numpy_column(batch.column(name)) for name in columns}
+        numbers = np.zeros(len(rows[-1]), dtype=bool)
+        for name in ("v", "tail"):
+            if f"{name}_checksum" in columns:
+                written = values[f"{name}_checksum"]
+                now = checksums.of_vectors(rows[-1], values[name], values.get("scale") if name == "v" else None)
+                numbers |= written != 0
+                wrong_checksums += int(np.count_nonzero(checksums.wrong(written, now)))
+        checked += int(np.count_nonzero(numbers))
+    return _VectorsPass(np.concatenate(rows), unusable, checked, wrong_checksums)
 
 
 def _read_sample(index: _Contents) -> _Sample:
@@ -283,6 +314,7 @@ def _readable(index: _Contents) -> _Found:
         "WHERE database_name = current_database() AND NOT internal AND table_name <> 'semid_vectors'"
     )
     read = 0
+    index.snapshot.rows("SELECT value FROM semid_meta WHERE key = 'config'")  # through its index, which writing needs
     for schema, name in tables:  # the vectors have a check of their own
         table = f"{quoted(schema)}.{quoted(name)}"
         read += int(index.snapshot.rows(f"SELECT count(*), bit_xor(hash(t)) FROM {table} AS t")[0][0])
@@ -296,7 +328,7 @@ def _codebooks(index: _Contents) -> _Found:
     odd = [name for name, array in arrays.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
     if odd:
         return _Found(values, f"{odd[0]} has NaN or infinite values", problem=True)
-    recorded = index.store.meta("fingerprints")
+    recorded = index.setting("fingerprints")
     if recorded is None:
         return _Found(values, f"{len(arrays)} arrays are finite; fingerprints were not recorded when they were learned")
     now = fingerprints(arrays)
@@ -375,7 +407,7 @@ def _history(index: _Contents) -> _Found:
     if not index.has_table("semid_history"):
         raise _CannotTell("files of older formats have no history")
     key = "sid, sid_rest, dup_rank" if index.layout.rest_levels else "sid, dup_rank"
-    of_now = f"version = {index.store.meta('version') or 1}"
+    of_now = f"version = {index.setting('version') or 1}"
     again = index.count(
         f"SELECT count(*) FROM semid_codes SEMI JOIN (SELECT {key} FROM semid_history WHERE {of_now}) USING ({key})"
     )
@@ -417,6 +449,23 @@ def _buckets(index: _Contents) -> _Found:
         "buckets whose norm2 is wrong": int((~right).sum()),
     }
     return _problems(len(buckets), f"{len(buckets):,} buckets, with those of all items", problems)
+
+
+def _checksums(index: _Contents) -> _Found:
+    """DuckDB's checksums do not tell whether a block is where it belongs: those of each item do."""
+    index.need_training()
+    if "checksum" not in index.columns("semid_codes"):
+        _need_this_format(index)
+        raise _CannotTell("this version of the IDs was written in a format without checksums")
+    problems = {"items whose number, id and codes do not belong together": index.codes.wrong_checksums}
+    checked, items = index.codes.checked, len(index.codes.rows)
+    if index.has_table("semid_vectors"):
+        problems["vectors or tail codes that are not those of their item"] = index.vectors.wrong_checksums
+        checked = min(checked, index.vectors.checked)
+    text = f"{checked:,} items are as they were written"
+    if checked < items:
+        text += f"; {items - checked:,} were written in a format without checksums"
+    return _problems(checked, text, problems)
 
 
 def _one_vector_each(index: _Contents) -> _Found:
@@ -515,7 +564,7 @@ def _macros(index: _Contents) -> _Found:
     known = index.snapshot.rows("SELECT DISTINCT function_name FROM duckdb_functions() WHERE NOT internal")
     if missing := sorted(set(NAMES) - {name for (name,) in known}):
         return _Found(len(NAMES), f"missing: {_listed(missing)}", problem=True)
-    if index.store.meta("macros") != index.store.macros_fingerprint():
+    if index.setting("macros") != index.store.macros_fingerprint():
         text = "written by another version of semid-index; index.compact() writes those of this one"
         return _Found(len(NAMES), text, problem=True)
     key = "sid, sid_rest" if index.layout.rest_levels else "sid"
@@ -562,7 +611,7 @@ def _some_ids(index: _Contents, select: str, *, view: bool = False) -> Iterator[
 
 def _need_this_format(index: _Contents) -> None:
     index.need_training()
-    if (found := index.store.meta("format_version")) != FORMAT_VERSION:
+    if (found := index.setting("format_version")) != FORMAT_VERSION:
         raise _CannotTell(f"the file has format {found}; opening it for writing brings it to format {FORMAT_VERSION}")
 
 
@@ -579,6 +628,7 @@ _CHECKS: dict[str, Callable[[_Contents], _Found]] = {
     "norms": _norms,
     "buckets": _buckets,
     "vectors": _one_vector_each,
+    "checksums": _checksums,
     "values": _values,
     "encoding": _encoded_again,
     "tail": _tail_codes,

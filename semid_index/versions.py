@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 
+from semid_index import checksums
 from semid_index.codes import CodeLayout
 from semid_index.tables import Execute, create_map_view, has_table, quoted, semantic_ids_query
 
@@ -86,7 +87,8 @@ def delete_rows(execute: Execute, rows: str) -> None:
 def follow_rows(execute: Execute, old: str, new: str) -> None:
     """Let older versions point to the new rows of items, which have theirs in the tables ``old`` and ``new``."""
     for version in kept_versions(execute):
+        checksum = checksums.moved("kept.checksum", "kept.row", f"{new}.row")
         execute(
-            f"UPDATE {schema_of(version)}.semid_codes AS kept SET row = {new}.row "
+            f"UPDATE {schema_of(version)}.semid_codes AS kept SET row = {new}.row, checksum = {checksum} "
             f"FROM {old} JOIN {new} USING (id) WHERE kept.row = {old}.row"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -205,6 +206,52 @@ def test_places_that_cannot_be_written_to(index_file, tmp_path, queries):
     with semid.open(other) as index:
         assert 7 not in index
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.duckdb", "other.duckdb"]
+
+
+def test_what_a_killed_copy_left_is_removed_by_the_next_one(index_file, tmp_path):
+    kept = [".copy.duckdb.part", ".copy.duckdb.0123456789.part", ".other.duckdb.01234567.part"]
+    left = [".copy.duckdb.01234567.part", ".copy.duckdb.01234567.part.wal", ".copy.duckdb.89abcdef.part"]
+    held = tmp_path / ".copy.duckdb.aaaaaaaa.part"
+    for name in [*kept, *left]:
+        (tmp_path / name).write_bytes(b"half of a copy")
+    code = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code, held], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"open\n"
+    try:
+        with semid.open(index_file) as index:
+            index.save_copy(tmp_path / "copy.duckdb")
+            names = {path.name for path in tmp_path.iterdir()}
+            assert {"copy.duckdb", held.name, *kept} <= names, "another process writes that one; these are not ours"
+            assert not names & set(left)
+    finally:
+        other.communicate()
+    with semid.open(index_file) as index:
+        index.save_copy(tmp_path / "copy.duckdb", overwrite=True)
+    assert not held.exists(), "nobody writes it any more"
+
+
+def test_copies_of_two_threads_to_one_place_leave_each_other_alone(index_file, tmp_path):
+    """Each takes the other's file for what it is: one that is being written."""
+    target, errors = tmp_path / "copy.duckdb", []
+
+    def copy() -> None:
+        try:
+            with semid.open(index_file) as index:
+                for _ in range(5):
+                    index.save_copy(target, overwrite=True)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=copy) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    with semid.open(target) as index:
+        assert index.verify().ok
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy.duckdb", "index.duckdb"]
 
 
 def test_the_log_of_a_file_that_is_replaced_is_not_applied_to_the_new_one(index_file, tmp_path):

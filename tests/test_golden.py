@@ -17,7 +17,7 @@ from semid_index.index import SemanticIndex
 from semid_index.testing import assert_same_codes
 
 FOLDER = Path(__file__).resolve().parent / "golden"
-FORMATS = ("v1", "v2", "v4")  # written out, as are the names, so that a file that is missing is noticed
+FORMATS = ("v1", "v2", "v4", "v5")  # written out, as are the names, so that a file that is missing is noticed
 NAMES = ("plain", "strings", "long", "flat", "scalar")
 
 

@@ -119,9 +119,14 @@ def test_a_damaged_file_gives_the_same_or_an_error(zygote, files, name, long, tm
             if kind not in TYPED:
                 wrong.append((how, kind, refused[0][1]))
         else:
-            kind = "same" if outcome.one("content") == contents[read_only] else "another answer"
-            if kind != "same":
-                wrong.append((how, kind, json.dumps(outcome.one("content"))))
+            found, expected = outcome.one("content"), contents[read_only]
+            if found == expected:
+                kind = "same"
+            elif found["problems"].startswith("verify: ") and found | {"problems": ""} == expected | {"problems": ""}:
+                kind = "same, and verify tells"  # such as the index of a table, which only writing needs
+            else:
+                kind = "another answer"
+                wrong.append((how, kind, json.dumps(found)))
         outcomes[kind] += 1
     print(f"\n{name}: {count} damaged files: {dict(outcomes)}")
     assert not wrong, f"{len(wrong)} of {count}: " + "\n".join(map(str, wrong[:10]))
@@ -131,7 +136,7 @@ def test_a_damaged_file_gives_the_same_or_an_error(zygote, files, name, long, tm
 def test_whole_blocks_that_changed_places(zygote, long, tmp_path):
     """What DuckDB's checksums cannot see: they say that a block is whole, and not that it is where it belongs.
 
-    Two blocks of vectors that changed places make searches wrong, and only ``verify`` says so. See docs/reliability.md.
+    The checksums of items do. See docs/reliability.md.
     """
     path, damaged = tmp_path / "wide.duckdb", tmp_path / "damaged.duckdb"
     assert zygote.run("make_wide", path=path, rows=30_000, dim=32).status == 0
@@ -156,4 +161,4 @@ def test_whole_blocks_that_changed_places(zygote, long, tmp_path):
             kind = "the same" if outcome.one("hits") == expected.one("hits") else "other hits"
             outcomes[f"{kind}, verify {'finds' if outcome.one('failed') else 'misses'} it"] += 1
     print(f"\nblocks that changed places: {dict(outcomes)}")
-    assert not outcomes["other hits, verify misses it"], outcomes
+    assert not [kind for kind in outcomes if kind.startswith("other hits")], outcomes
