@@ -26,12 +26,14 @@ PEERS = {
     "sample": ["IVF64,PQ96x4fs"],
 }
 PROBED = {
-    "sift128": [32, 48, 64, 96, 128, 192],
+    "sift128": [32, 44, 48, 64, 68, 72, 80, 96, 128, 136, 192, 256],
     "debian": [16, 24, 48, 64, 96, 128, 200],
     "mnist784": [4, 6, 8, 12, 16, 24],
 }
-SHARES = [0.012, 0.017, 0.022, 0.028, 0.04, 0.07, 0.12, 0.17, 0.22, 0.3, 0.5]
-RERANKED = [25, 40, 60, 100]
+FACTORS = {"sift128": [4, 6, 10, 20]}
+SHARES = {"sift128": [0.012, 0.015, 0.017, 0.02, 0.022, 0.028, 0.04, 0.055, 0.08]}
+OTHER_SHARES = [0.012, 0.017, 0.022, 0.028, 0.04, 0.07, 0.12, 0.17, 0.22, 0.3, 0.5]
+RERANKED = {"sift128": [40, 60, 80, 120, 200]}
 LEVELS = (0.90, 0.95, 0.98, 0.99)
 
 
@@ -93,9 +95,9 @@ def _ours(dataset, folder: Path) -> dict[tuple[object, ...], Callable]:
 
         return np.array(index.search(dataset.queries, 10, probes=probes, rerank=rerank, threads=1).ids)
 
-    shares = SHARES[:6] if dataset.name == "sift128" else SHARES
-    chosen = sorted({max(1, round(share * trace.leaves)) for share in shares})
-    return {("ours", probes, rerank): partial(search, probes, rerank) for probes in chosen for rerank in RERANKED}
+    chosen = sorted({max(1, round(share * trace.leaves)) for share in SHARES.get(dataset.name, OTHER_SHARES)})
+    reranked = RERANKED.get(dataset.name, [25, 40, 60, 100])
+    return {("ours", probes, rerank): partial(search, probes, rerank) for probes in chosen for rerank in reranked}
 
 
 def _faiss(dataset) -> dict[tuple[object, ...], Callable]:
@@ -118,7 +120,7 @@ def _faiss(dataset) -> dict[tuple[object, ...], Callable]:
             return refined.search(queries, 10)[1]
 
         for probes in PROBED.get(dataset.name, [4, 8, 16]):
-            for factor in (3, 4, 6, 10):
+            for factor in FACTORS.get(dataset.name, [3, 4, 6, 10]):
                 subjects["faiss", factory, probes, factor] = partial(search, probes, factor)
     return subjects
 

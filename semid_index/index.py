@@ -30,7 +30,7 @@ from semid_index.arrow import fixed_size_list
 from semid_index.codes import check_prefix, format_id, parse_prefix, unpack
 from semid_index.collisions import CollisionPolicy, Share, own_quantizer
 from semid_index.compact import compact, save_copy
-from semid_index.devices import Device, choose_gpu, gpu_state, parse_device
+from semid_index.devices import Device, choose_gpu, gpu_state, may_spread, parse_device
 from semid_index.drift import assess
 from semid_index.errors import (
     DeviceError,
@@ -164,9 +164,10 @@ def open(
     stored vectors on disk, and fetches those that are re-ranked. ``version``: an older version of the IDs, which
     :meth:`SemanticIndex.retrain` left; it can be searched and browsed, and not be written.
 
-    ``device``: "cpu", "auto", or a GPU, as 0 or "cuda:0"; by default what the environment variable ``SEMID_DEVICE``
-    says, or "cpu". A GPU scans the leaves for batches of 8 queries and more. "auto" takes the first GPU if it works;
-    one that was named is used, or :class:`DeviceError` says what is missing. ``device_vectors``: how it keeps the
+    ``device``: "cpu", "auto", "cuda", or a GPU, as 0 or "cuda:0"; by default what the environment variable
+    ``SEMID_DEVICE`` says, or "cpu". A GPU scans the leaves for batches of 8 queries and more. "auto" takes the first
+    GPU if it works; "cuda" and one that was named are used, or :class:`DeviceError` says what is missing. Unless one
+    was named, leaves that do not fit there are dealt out over other GPUs, too. ``device_vectors``: how a GPU keeps the
     vectors, "float32", "float16" or "int8"; distances of hits are computed from the stored ones in any case.
     """
     place = _Place(device, device_vectors)
@@ -211,7 +212,7 @@ class SemanticIndex:
     ) -> None:
         self._store = store
         self._place = place or _Place("cpu", "float16")
-        self._on_gpus: dict[int, SearchOnGpu] = {}
+        self._on_gpus: dict[tuple[int, bool], SearchOnGpu] = {}
         self._not_on_gpu = ""  # why "auto" has taken the CPU for good
         self._policy = policy
         self._quantizers = {store.version: quantizer}
@@ -443,15 +444,23 @@ class SemanticIndex:
         return check_filter(*filter_of(where, self._store.item_columns()), columns)
 
     def _request(self, query: Any, *options: Any) -> SearchRequest:
-        queries, single = as_queries(query, dim=self.config.dim)
+        queries, single = as_queries(query, dim=self.config.dim, finite=False)
         if not len(queries):
             raise InvalidVectorsError("There are no queries: the array has 0 rows. Give one or more.")
-        self._check_usable(queries, "query")
+        if len(build.unusable_rows(queries, self.config.metric)):  # which NaN and infinite values are, too
+            as_queries(query, dim=self.config.dim)  # these are refused in words of their own
+            self._check_usable(queries, "query")
         return SearchRequest(queries, single, *options)
 
     def _search_codes(self, query: Any, k: int, *, probes: int | None = None) -> SearchResult:
         """The k items nearest to a query, or to each of a batch, by what their codes decode to."""
-        return search(lambda read: (self._snapshot_by_codes(), read()), self._request(query, k, probes))
+        request = self._request(query, k, probes)
+        if self._live.latest is None:
+            self._check_trained()
+        if self._vectors_in == "memory":
+            return search(lambda read: (self._by_codes_of(self._live.now()), read()), request)
+        with self._live.moment() as snapshot:  # at which ids are fetched from the file
+            return search(lambda read: (self._by_codes_of(snapshot), read()), request)
 
     def explain(self, query: Any, k: int = 10, **options: Any) -> SearchTrace:
         """Search for one query and tell how: the leaves opened, candidates, the time of each step."""
@@ -469,7 +478,7 @@ class SemanticIndex:
             lambda: found.read_codes()[others],
             np.array([0, len(others)]),
             True,
-            found.trace,
+            found.read_trace,
         )
 
     # -- codes and prefixes -------------------------------------------------------------------------------------------
@@ -781,9 +790,10 @@ class SemanticIndex:
 
     def _device_stats(self) -> dict[str, Any]:
         """Where it is searched, and what would fit on a GPU."""
-        gpu, precision = choose_gpu(self._place.device), self._place.precision
-        on_gpu = SearchOnGpu(None, precision) if gpu is None else self._on_gpus.get(gpu) or SearchOnGpu(gpu, precision)
+        gpu = choose_gpu(self._place.device)
         state = None if gpu is None else gpu_state(gpu)
+        made = None if gpu is None else self._on_gpus.get((gpu, may_spread(self._place.device)))
+        on_gpu = made or SearchOnGpu(gpu, self._place.precision)
         return {"asked": self._place.device, **on_gpu.stats(len(self), self.config.dim, state)}
 
     def _search(
@@ -793,30 +803,36 @@ class SemanticIndex:
         if self._live.latest is None:
             self._check_trained()
         gpu = choose_gpu(device)
-        reason = "" if gpu is None else why_not(request, self._place.precision)
+        reason = "" if gpu is None else why_not(request, self._place.precision, self.config.dim)
         if gpu is not None and device == "auto":
             reason = reason or self._not_on_gpu
-        with ExitStack() as moment:
 
-            def load(read: Callable[[], Rows | None]) -> tuple[Snapshot, Rows | None]:
-                nonlocal reason
-                if self._vectors_in == "memory":
-                    snapshot, rows = self._live.now_and(read)
-                else:
-                    snapshot, rows = moment.enter_context(self._live.moment()), read()
-                if gpu is not None and not reason:
-                    snapshot, reason = self._on_gpu(snapshot, gpu, may_refuse=device == "auto")
-                return snapshot, rows
+        def load(read: Callable[[], Rows | None]) -> tuple[Snapshot, Rows | None]:
+            nonlocal reason
+            if moment is None:
+                snapshot, rows = self._live.now_and(read)
+            else:
+                snapshot, rows = moment.enter_context(self._live.moment()), read()
+            if gpu is not None and not reason:
+                snapshot, reason = self._on_gpu(snapshot, gpu, device)
+            return snapshot, rows
 
+        moment: ExitStack | None = None
+        if self._vectors_in == "memory":
             found = search(load, request, match)
-        return replace(found, trace=replace(found.trace, device=f"cpu ({reason})")) if reason else found
+        else:
+            with ExitStack() as moment:
+                found = search(load, request, match)
+        return _with_reason(found, reason) if reason else found
 
-    def _on_gpu(self, snapshot: Snapshot, gpu: int, *, may_refuse: bool) -> tuple[Snapshot, str]:
-        """A snapshot to be searched on a GPU; with ``may_refuse`` the same one and the reason, if it does not fit."""
+    def _on_gpu(self, snapshot: Snapshot, gpu: int, device: Device) -> tuple[Snapshot, str]:
+        """A snapshot to be searched on a GPU; if it does not fit, for "auto" the same one, and the reason."""
+        spread = may_spread(device)
         try:
-            return self._on_gpus.setdefault(gpu, SearchOnGpu(gpu, self._place.precision)).snapshot(snapshot), ""
+            on_gpu = self._on_gpus.setdefault((gpu, spread), SearchOnGpu(gpu, self._place.precision, spread=spread))
+            return on_gpu.snapshot(snapshot), ""
         except DeviceError as error:
-            if not may_refuse:
+            if device != "auto":
                 raise
             log.warning("device='auto' takes the CPU: %s", error)
             self._not_on_gpu = str(error)
@@ -825,11 +841,9 @@ class SemanticIndex:
     def _read_items(self, rows: range, *, few: bool) -> SearchState:
         return SearchState(self._store, self._quantizer, self._tail, vectors_in=self._vectors_in, rows=rows, few=few)
 
-    def _snapshot_by_codes(self) -> Snapshot:
+    def _by_codes_of(self, snapshot: Snapshot) -> Snapshot:
         """The same items, to be searched by their codes alone."""
-        if self._live.latest is None:
-            self._check_trained()
-        self._by_codes = made = by_codes(self._live.now(), self._by_codes)
+        self._by_codes = made = by_codes(snapshot, self._by_codes)
         return made
 
     def _make_searchable(self, connection: duckdb.DuckDBPyConnection, searches: Iterable[str]) -> None:
@@ -847,7 +861,7 @@ class SemanticIndex:
             stored = self._store.codes()
             order = np.argsort(stored.rows)
             codes = unpack(stored.sids, self._store.layout, stored.rest)
-            return codes[order], self._store.ids().take(order)
+            return codes[order], self._store.ids(of=stored).take(order)
 
     def _held_out(self, vectors: Any) -> tuple[Codes, Vectors]:
         """Codes and vectors of (at most 20,000 of) the rows."""
@@ -946,6 +960,11 @@ class SemanticIndex:
         if self.config.vectors == "none":
             return fixed_size_list(self._quantizer.decode(self._store.codes_of(rows)))
         return fixed_size_list(FileVectors(self._store, rows, self.config.metric).take(slice(None)))
+
+
+def _with_reason(found: SearchResult, reason: str) -> SearchResult:
+    """A result whose trace says why it was not searched on a GPU."""
+    return replace(found, read_trace=lambda: replace(found.trace, device=f"cpu ({reason})"))
 
 
 def _version(against: SemanticIndex | tuple[Any, Any]) -> tuple[pa.Array, Codes]:

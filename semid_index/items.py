@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def check_count(name: str, value: Any, *, least: int = 1) -> None:
     """Refuse what is no whole number, or below ``least``."""
+    if type(value) is int and value >= least:  # nearly always
+        return
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise InvalidArgumentError(f"{name} must be a whole number, at least {least}, not {value!r}.")
 

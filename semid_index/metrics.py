@@ -42,7 +42,8 @@ def check_metric(metric: str) -> Metric:
 def normalized(vectors: Vectors) -> Vectors:
     """The vectors at length 1; a zero vector stays zero."""
     lengths: NDArray[np.float32] = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
-    lengths[lengths == 0] = 1
+    if not lengths.all():
+        lengths[lengths == 0] = 1
     return vectors / lengths[:, None]
 
 

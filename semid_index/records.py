@@ -354,7 +354,13 @@ class SearchResult:
     offsets: NDArray[np.int64]
     """Hits of query i are ``flat_ids[offsets[i]:offsets[i + 1]]``."""
     single: bool
-    trace: SearchTrace
+    read_trace: Callable[[], SearchTrace] = field(repr=False)
+    """Gives ``trace``: to put it together takes longer than some of the search."""
+
+    @cached_property
+    def trace(self) -> SearchTrace:
+        """What the search did, step by step."""
+        return self.read_trace()
 
     @cached_property
     def ids(self) -> Any:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -39,6 +40,7 @@ Distances = NDArray[np.float32]
 
 _GATHER_BYTES = 16 << 20  # candidates' vectors copied together at once
 _FEW_QUERIES = 8  # for up to so many, vectors are compared where they are, and not copied together first
+_TAKEN_BYTES = 64 << 20  # candidates' vectors fetched or decoded together at once
 _EXACT_BLOCK = 65_536  # stored vectors compared at once by brute force
 _LIST_BYTES = 64 << 20  # matching vectors copied together at once, to be scanned for many queries
 _STORED_DTYPES: dict[str, np.dtype[Any]] = {
@@ -70,6 +72,12 @@ class VectorsByPosition(ABC):
     def nbytes(self) -> int:
         """Bytes in memory."""
         return 0
+
+    def batches(self, size: int) -> Iterator[tuple[Positions | slice, Vectors]]:
+        """All vectors, at most so many at a time if they are in memory, and their positions."""
+        for start in range(0, self.count, size):
+            batch = slice(start, min(start + size, self.count))
+            yield batch, self.take(batch)
 
     def distances(self, queries: Vectors, positions: Positions) -> Distances:
         """The distance of each query to its candidates: (q, r) positions in, -1 for none; (q, r) out, inf for none."""
@@ -136,11 +144,14 @@ class MemoryVectors(VectorsByPosition):
         vectors = np.empty((count, config.dim), dtype=dtype)
         scale = np.empty(count, dtype=np.float32) if config.vectors == "int8" else None
         columns = ("v", "scale") if scale is not None else ("v",)
-        for positions, batch in stored_in_place(store, places, *columns):
+
+        def place(positions: Positions, batch: dict[str, NDArray[Any]]) -> None:
             stored = batch["v"].view(dtype)
             vectors[positions] = metrics.normalized(stored) if metric == "cosine" and dtype == np.float32 else stored
             if scale is not None:
                 scale[positions] = batch["scale"]
+
+        one_behind(stored_in_place(store, places, *columns), place)
         return cls(vectors, scale, metric)
 
     @property
@@ -186,16 +197,32 @@ class MemoryVectors(VectorsByPosition):
 class FileVectors(VectorsByPosition):
     """The stored vectors, left in the file: the few that are re-ranked are fetched by row number."""
 
-    def __init__(self, store: Store, rows: NDArray[np.int64], metric: Metric) -> None:
+    def __init__(self, store: Store, rows: NDArray[np.integer], metric: Metric, span: range | None = None) -> None:
+        """``rows`` (n,): the row of the item at each position. ``span``: has all of them; None if that is not known."""
         self.metric, self.count, self.dim = metric, len(rows), store.config.dim
         self._store = store
-        self._rows = rows
+        self._rows, self._span = rows, span
         self._dtype = _STORED_DTYPES[store.config.vectors]
         self._columns = ("v", "scale") if store.config.vectors == "int8" else ("v",)
 
     def take(self, positions: Positions | slice) -> Vectors:
         """The vectors at some positions."""
-        found = self._store.vectors_of(self._rows[positions], *self._columns)
+        return self._plain(self._store.vectors_of(self._rows[positions].astype(np.int64), *self._columns))
+
+    def batches(self, size: int) -> Iterator[tuple[Positions | slice, Vectors]]:
+        """As the parent's; in the order of the file, and as many at a time as the store reads."""
+        rows = self._rows.astype(np.int64, copy=False)
+        span = self._span or range(int(rows.min(initial=0)), int(rows.max(initial=-1)) + 1)
+        for positions, batch in stored_in_place(self._store, Places(rows, span), *self._columns):
+            for start in range(0, len(positions), size):
+                part = slice(start, start + size)
+                yield positions[part], self._plain({name: column[part] for name, column in batch.items()})
+
+    def distances(self, queries: Vectors, positions: Positions) -> Distances:
+        """As the parent's, but with one statement for as many queries as memory allows: it takes milliseconds."""
+        return _distances_taken_together(self, queries, positions)
+
+    def _plain(self, found: dict[str, NDArray[Any]]) -> Vectors:
         return from_stored(found["v"].view(self._dtype), found.get("scale"))
 
 
@@ -206,12 +233,47 @@ class DecodedVectors(VectorsByPosition):
 
     def __init__(self, quantizer: Quantizer, codes: StoredCodes, leaves: Leaves, dim: int, metric: Metric) -> None:
         self.metric, self.count, self.dim = metric, len(codes.rows), dim
-        self._quantizer, self._codes, self._layout = quantizer, codes, leaves.layout
+        layout = leaves.layout
+
+        def decode(positions: Positions | slice) -> Vectors:
+            rest = None if codes.rest is None else codes.rest[positions]
+            return quantizer.decode(unpack(codes.sids[positions], layout, rest))
+
+        self._decode: Callable[[Positions | slice], Vectors] = decode
+
+    def decode_by(self, decoded: Callable[[Positions], Vectors]) -> None:
+        """Let go of the codes: from now on a function decodes those at some positions."""
+
+        def decode(positions: Positions | slice) -> Vectors:
+            return decoded(np.arange(*positions.indices(self.count)) if isinstance(positions, slice) else positions)
+
+        self._decode = decode
 
     def take(self, positions: Positions | slice) -> Vectors:
         """The decoded vectors at some positions."""
-        rest = None if self._codes.rest is None else self._codes.rest[positions]
-        return self._quantizer.decode(unpack(self._codes.sids[positions], self._layout, rest))
+        return self._decode(positions)
+
+    def distances(self, queries: Vectors, positions: Positions) -> Distances:
+        """As the parent's, but what several queries need is decoded once."""
+        return _distances_taken_together(self, queries, positions)
+
+
+def _distances_taken_together(vectors: VectorsByPosition, queries: Vectors, positions: Positions) -> Distances:
+    """The distance of each query to its candidates; what many queries need is taken once, whoever needs it."""
+    found = np.full(positions.shape, np.inf, dtype=np.float32)
+    tile = max(1, _TAKEN_BYTES // max(1, positions.shape[1] * vectors.dim * 4))
+    for start in range(0, len(queries), tile):
+        part = slice(start, start + tile)
+        there = positions[part] >= 0
+        wanted, places = np.unique(positions[part][there], return_inverse=True)
+        if not len(wanted):
+            continue
+        taken = vectors.take(wanted)
+        rows = MemoryVectors(metrics.normalized(taken) if vectors.metric == "cosine" else taken, None, vectors.metric)
+        numbers = np.full(there.shape, -1, dtype=np.int64)
+        numbers[there] = places
+        found[part] = rows.distances(queries[part], numbers)
+    return found
 
 
 def stored_in_place(store: Store, places: Places, *columns: str) -> Iterator[tuple[Positions, dict[str, NDArray[Any]]]]:
@@ -228,6 +290,18 @@ def stored_in_place(store: Store, places: Places, *columns: str) -> Iterator[tup
         yield positions, batch
     if not seen.all():
         raise CorruptIndexError(f"{store.path} lacks some of its vectors. {RESTORE}")
+
+
+def one_behind(items: Iterable[tuple[Any, ...]], work: Callable[..., None]) -> None:
+    """Call ``work`` with each of some items, in turn, in a thread of its own, while the next one is being read."""
+    with ThreadPoolExecutor(1, "semid-load") as thread:
+        doing: Future[None] | None = None
+        for item in items:
+            if doing is not None:
+                doing.result()
+            doing = thread.submit(work, *item)
+        if doing is not None:
+            doing.result()
 
 
 def to_stored(vectors: Vectors, tier: str) -> dict[str, NDArray[Any]]:
@@ -413,10 +487,12 @@ def fill_lists(index: Any, starts: NDArray[np.int64], codes: NDArray[np.uint8]) 
     index.ntotal = len(codes)
 
 
-def search_lists(index: Any, queries: Vectors, probes: Probes, k: int) -> tuple[Distances, Positions]:
-    """Let FAISS scan the probed lists."""
+def search_lists(
+    index: Any, queries: Vectors, probes: Probes, k: int, *, turns: threading.Lock = _PROBING
+) -> tuple[Distances, Positions]:
+    """Let FAISS scan the probed lists. ``turns``: who searches this index has to hold it."""
     no_distances = np.zeros(probes.leaves.shape, dtype=np.float32)  # to the centroids, which these lists do not use
-    with _PROBING:
+    with turns:
         index.nprobe = probes.leaves.shape[1]
         distances, positions = index.search_preassigned(queries, k, np.ascontiguousarray(probes.leaves), no_distances)
     return distances, positions

@@ -8,8 +8,10 @@ the semantic ID work for the scan too, and fewer others are needed for the same 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from semid_index.lookup import LeafScorer, Leaves, Matches, Probes
 from semid_index.metrics import normalized
 from semid_index.native import NativeIndex, Scanned, ScanParts
 from semid_index.quantizer import Vectors
-from semid_index.rerank import Distances, Executor, MemoryVectors, Positions, ScanData, choose_executor
+from semid_index.rerank import Distances, FileVectors, MemoryVectors, Positions, ScanData, VectorsByPosition, smallest
 
 _KEPT_DIMS = 192  # after rotation: others would not change the order of candidates
 _WIDTH = 4  # dimensions per part,
@@ -32,41 +34,40 @@ _SAMPLE = 16_384  # items that rotation and codewords are learned from
 _ITERATIONS = 12
 _HEADS = 4  # levels of the semantic ID that the scan reads
 _HEAD_SIZE = 256  # largest codebook of those after the first
-_LEAST_ITEMS = 256  # with fewer, codewords would be learned from next to nothing
-_LEAST_RUN = 16  # items that share a first code, on average; with fewer, blocks of 32 would be half empty
+LEAST_ITEMS = 256
+"""With fewer, codewords would be learned from next to nothing."""
+_LEAST_RUN = 16  # items that share a first code, on average; with fewer, blocks of 64 would be nearly empty
 _BATCH = 16_384
 _SEED = 0
 
 
-def fastest_executor(data: ScanData, scorer: Callable[[], LeafScorer]) -> Executor:
-    """The native one where it can be had, else one of those in :mod:`semid_index.rerank`."""
-    vectors = data.vectors
-    if data.tail is None or not isinstance(vectors, MemoryVectors) or vectors.count < _LEAST_ITEMS:
-        return choose_executor(data)
-    if native.unavailable_because() is not None:
-        return choose_executor(data)
-    return NativeExecutor(data, vectors, scorer())
-
-
-class NativeExecutor:
-    """Chooses leaves, scans the codes of their items and re-ranks the best, all in compiled code."""
+class NativeScan:
+    """Chooses leaves, scans the codes of their items and re-ranks the best: all in compiled code, if it has vectors."""
 
     name = "native"
     exact = False
-
-    def __init__(self, data: ScanData, vectors: MemoryVectors, scorer: LeafScorer) -> None:
-        threads = cores()
-        words = _words(data)
-        self._space = _learn_space(data, vectors, words, threads)
-        codes, scalars = _encode(data, vectors, words, self._space, threads)
-        self._index = NativeIndex(
-            _parts(data, scorer, words, self._space, codes, scalars), vectors.dim, *vectors.stored
-        )
+    _index: NativeIndex
+    _centre: NDArray[np.float32]
+    """(dim,) subtracted from queries."""
+    _vectors: VectorsByPosition | None = None
+    """What re-ranks if the compiled code has no vectors."""
+    _offsets: NDArray[np.int32] | None = None
+    """(levels,) the first column of each level, if the scan reads all codes of the semantic ID."""
 
     @property
     def nbytes(self) -> int:
         """Codes and tables."""
-        return self._index.nbytes + self._space.rotation.nbytes
+        return self._index.nbytes
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether :meth:`codes_at` can tell the codes of items, so that nobody else need hold them."""
+        return self._offsets is not None
+
+    def codes_at(self, positions: Positions) -> NDArray[np.int32]:
+        """The semantic IDs at some positions: (m, levels). Only if it :attr:`holds_codes`."""
+        columns = self._index.columns(positions)
+        return columns if self._offsets is None else columns - self._offsets
 
     def search(self, queries: Vectors, probes: Probes, k: int) -> tuple[Distances, Positions]:
         """See :class:`semid_index.rerank.Executor`."""
@@ -90,9 +91,9 @@ class NativeExecutor:
 
         Leaves are chosen as :func:`semid_index.lookup.choose_probes` does it. ``shown``: leaves to name, best first.
         """
-        return self._index.search(
+        found = self._index.search(
             queries,
-            k=k,
+            k=None if self._vectors is not None else k,
             keep=rerank,
             goal=max(k, 0 if probes else budget),
             least_leaves=probes or 1,
@@ -101,20 +102,57 @@ class NativeExecutor:
             shown=shown,
             threads=threads,
         )
+        return found if self._vectors is None else _reranked(found, queries, self._vectors, k)
 
-    def leaf_distances(self, query: Vectors, scores: NDArray[np.float32], metric: str) -> NDArray[np.float32]:
-        """Scores of the leaves of one query as distances of the metric, as far as the kept directions tell."""
-        if metric == "ip":
-            return scores
-        centre = self._space.centre
-        away = query - centre
-        # |away - (x - centre)|^2, of which scores lack what no leaf changes
-        squared: NDArray[np.float32] = np.maximum(scores + away @ (away + 2 * centre), np.float32(0))
-        return squared / np.float32(2) if metric == "cosine" else np.sqrt(squared)
+    @property
+    def leaf_distances(self) -> Callable[[Vectors, NDArray[np.float32], str], NDArray[np.float32]]:
+        """Turns scores of the leaves of one query into distances of the metric, as far as the scan's directions tell.
+
+        A function that does not hold the executor, for the trace of a search keeps it.
+        """
+        return partial(_leaf_distances, self._centre)
+
+
+def _leaf_distances(centre: Vectors, query: Vectors, scores: NDArray[np.float32], metric: str) -> NDArray[np.float32]:
+    if metric == "ip":
+        return scores
+    away = query - centre
+    # |away - (x - centre)|^2, of which scores lack what no leaf changes
+    squared: NDArray[np.float32] = np.maximum(scores + away @ (away + 2 * centre), np.float32(0))
+    return squared / np.float32(2) if metric == "cosine" else np.sqrt(squared)
+
+
+class NativeExecutor(NativeScan):
+    """Scans the codes of the ID and of what they leave over, for vectors in memory or in the file."""
+
+    def __init__(self, data: ScanData, vectors: MemoryVectors | FileVectors, scorer: LeafScorer) -> None:
+        threads = cores()
+        words = words_of(data)
+        self._space = _learn_space(data, vectors, words, threads)
+        self._centre = self._space.centre
+        codes, scalars = _encode(data, vectors, words, self._space, threads)
+        rows, scale = vectors.stored if isinstance(vectors, MemoryVectors) else (None, None)
+        self._index = NativeIndex(_parts(data, scorer, words, self._space, codes, scalars), vectors.dim, rows, scale)
+        self._vectors = None if isinstance(vectors, MemoryVectors) else vectors
+        self._offsets = words.offsets_of_all(data)
+
+    @property
+    def nbytes(self) -> int:
+        """Codes and tables."""
+        return super().nbytes + self._space.rotation.nbytes
+
+
+def _reranked(found: Scanned, queries: Vectors, vectors: VectorsByPosition, k: int) -> Scanned:
+    """What a scan kept, by exact distances."""
+    started = time.perf_counter()
+    positions, distances = smallest(found.positions, vectors.distances(queries, found.positions), k)
+    seconds = found.seconds.copy()
+    seconds[2] += time.perf_counter() - started
+    return found._replace(positions=positions, distances=distances, seconds=seconds)
 
 
 @dataclass(frozen=True)
-class _Words:
+class Words:
     """The codewords that items are made of, as far as the scan reads their codes."""
 
     words: Vectors
@@ -129,6 +167,11 @@ class _Words:
         codes = unpack(data.codes.sids[items], data.leaves.layout, rest)[:, : len(self.sizes)]
         return codes + np.array(self.offsets, dtype=np.int32)
 
+    def offsets_of_all(self, data: ScanData) -> NDArray[np.int32] | None:
+        """The offsets, if these are all levels of an ID."""
+        complete = len(self.sizes) == data.leaves.layout.levels
+        return np.array(self.offsets, dtype=np.int32) if complete else None
+
 
 @dataclass(frozen=True)
 class _Space:
@@ -142,11 +185,12 @@ class _Space:
     """(parts, 16, width)"""
 
 
-def _words(data: ScanData) -> _Words:
+def words_of(data: ScanData, most: int = _HEADS) -> Words:
+    """The words of up to so many levels; of none if blocks would be nearly empty."""
     codebooks = data.quantizer.codebooks or []
     leaves, layout = data.leaves, data.leaves.layout
     used: list[Vectors] = []
-    for level, codebook in enumerate(codebooks[:_HEADS]):
+    for level, codebook in enumerate(codebooks[:most]):
         if level and len(codebook) > _HEAD_SIZE:
             break
         used.append(codebook)
@@ -157,22 +201,21 @@ def _words(data: ScanData) -> _Words:
             used = []
     sizes = tuple(len(codebook) for codebook in used)
     words = np.concatenate(used) if used else np.empty((0, data.vectors.dim), dtype=np.float32)
-    return _Words(words, tuple(np.cumsum([0, *sizes])[:-1].tolist()), sizes)
+    return Words(words, tuple(np.cumsum([0, *sizes])[:-1].tolist()), sizes)
 
 
-def _comparable(vectors: MemoryVectors, items: NDArray[np.int64] | slice) -> Vectors:
+def _comparable(rows: Vectors, metric: str) -> Vectors:
     """Vectors as they were encoded: at length 1 under cosine."""
-    rows = vectors.take(items)
-    return normalized(rows) if vectors.metric == "cosine" else rows
+    return normalized(rows) if metric == "cosine" else rows
 
 
-def _learn_space(data: ScanData, vectors: MemoryVectors, words: _Words, threads: int) -> _Space:
+def _learn_space(data: ScanData, vectors: VectorsByPosition, words: Words, threads: int) -> _Space:
     """Directions and codewords for what the words leave over, from a sample."""
     rng = np.random.default_rng(_SEED)
     chosen = np.arange(vectors.count)
     if vectors.count > _SAMPLE:
         chosen = np.sort(rng.choice(vectors.count, _SAMPLE, replace=False))
-    rows = _comparable(vectors, chosen)
+    rows = _comparable(vectors.take(chosen), vectors.metric)
     mean = rows.mean(axis=0)
     left = rows.copy()
     for column in words.columns_of(data, chosen).T:
@@ -215,18 +258,19 @@ def _dealt(sizes: NDArray[np.float64], parts: int, width: int) -> list[int]:
 
 
 def _encode(
-    data: ScanData, vectors: MemoryVectors, words: _Words, space: _Space, threads: int
+    data: ScanData, vectors: VectorsByPosition, words: Words, space: _Space, threads: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """4-bit codes and scalars of all items."""
     codes = np.empty((vectors.count, -(-len(space.codebooks) // 2)), dtype=np.uint8)
     scalars = np.empty(vectors.count, dtype=np.float32)
     rotated_words, centre = words.words @ space.rotation, space.centre @ space.rotation
-    for start in range(0, vectors.count, _BATCH):
-        batch = slice(start, start + _BATCH)
-        rows = _comparable(vectors, batch) - space.centre
+    # the same memory for all batches: new memory of this size would be fetched from the system, page by page, each time
+    centred, turned = (np.empty((_BATCH, width), dtype=np.float32) for width in space.rotation.shape)
+    for batch, taken in vectors.batches(_BATCH):
+        rows = np.subtract(_comparable(taken, vectors.metric), space.centre, out=centred[: len(taken)])
         columns = words.columns_of(data, batch)
         lengths = np.einsum("ij,ij->i", rows, rows)
-        rotated = (rows @ space.rotation).astype(np.float32, copy=False)
+        rotated = np.matmul(rows, space.rotation, out=turned[: len(taken)])
         codes[batch], scalars[batch] = native.encode(
             rotated, lengths, columns, rotated_words, centre, space.codebooks, threads=threads
         )
@@ -236,16 +280,16 @@ def _encode(
 def _parts(
     data: ScanData,
     scorer: LeafScorer,
-    words: _Words,
+    words: Words,
     space: _Space,
     codes: NDArray[np.uint8],
     scalars: NDArray[np.float32],
 ) -> ScanParts:
-    all_words, terms, zero = _leaf_terms(data.leaves, scorer, words.words)
+    all_words, terms, zero = leaf_terms_of(data.leaves, scorer, words.words)
     constants = scorer.constants
     first_codes = first_constants = None
     if words.sizes:
-        first_codes = (data.codes.sids >> data.leaves.layout.shifts[0]).astype(np.int32)
+        first_codes = first_codes_of(data)
     if data.metric == "ip":
         first_constants = None if first_codes is None else np.zeros(len(all_words), dtype=np.float32)
         scalars_or_none = None
@@ -271,7 +315,7 @@ def _parts(
         tail_codes=codes,
         first_codes=first_codes,
         first_constants=first_constants,
-        head_codes=_head_codes(data, words),
+        head_codes=head_codes_of(data, words),
         head_columns=np.array(words.offsets[1:], dtype=np.int32),
         head_sizes=np.array(words.sizes[1:], dtype=np.int32),
         scalars=scalars_or_none,
@@ -279,7 +323,12 @@ def _parts(
     )
 
 
-def _head_codes(data: ScanData, words: _Words) -> NDArray[np.uint8]:
+def first_codes_of(data: ScanData) -> NDArray[np.int32]:
+    """The first code of each item: (n,)."""
+    return (data.codes.sids >> data.leaves.layout.shifts[0]).astype(np.int32)
+
+
+def head_codes_of(data: ScanData, words: Words) -> NDArray[np.uint8]:
     """The codes after the first that the scan reads: (n, heads)."""
     heads = np.empty((len(data.codes.rows), max(len(words.sizes) - 1, 0)), dtype=np.uint8)
     for start in range(0, len(heads), _BATCH) if heads.shape[1] else ():
@@ -288,7 +337,7 @@ def _head_codes(data: ScanData, words: _Words) -> NDArray[np.uint8]:
     return heads
 
 
-def _leaf_terms(leaves: Leaves, scorer: LeafScorer, words: Vectors) -> tuple[Vectors, NDArray[np.int32], int]:
+def leaf_terms_of(leaves: Leaves, scorer: LeafScorer, words: Vectors) -> tuple[Vectors, NDArray[np.int32], int]:
     """All words that are needed, those of the leaves included; the columns of each leaf's; a column of zeros.
 
     Most words of leaves are codewords, and are not kept twice.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import lru_cache, partial
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from semid_index.devices import cores
 from semid_index.errors import InvalidArgumentError, SearchTimeoutError
 from semid_index.items import check_count
-from semid_index.lookup import Matches, Probes, choose_probes
+from semid_index.lookup import Leaves, Matches, Probes, choose_probes
 from semid_index.metrics import normalized
 from semid_index.native import Scanned
 from semid_index.quantizer import Vectors
 from semid_index.records import Metric, Probe, SearchResult, SearchTrace
 from semid_index.rerank import Distances, Positions, faiss_threads, faiss_works, search_matches, smallest
-from semid_index.scan import NativeExecutor
+from semid_index.scan import NativeScan
 from semid_index.segments import SearchState, Segment, Snapshot
-from semid_index.vector_lists import MOST, VectorListExecutor, candidates_for
+from semid_index.vector_lists import VectorListExecutor, candidates_for
 
 Rows = NDArray[np.int64]
 
@@ -81,9 +81,9 @@ class SearchRequest:
     timeout: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("k", "probes", "rerank", "threads"):
-            value = getattr(self, name)
-            if value is not None or name == "k":
+        check_count("k", self.k)
+        for name, value in (("probes", self.probes), ("rerank", self.rerank), ("threads", self.threads)):
+            if value is not None:
                 check_count(name, value)
         if self.rerank is not None and self.rerank < self.k:
             raise InvalidArgumentError(f"rerank={self.rerank} candidates cannot give k={self.k} hits. Use at least k.")
@@ -98,21 +98,25 @@ class _Clock:
     timeout: float | None
     started: float = field(default_factory=time.perf_counter)
     seconds: dict[str, float] = field(default_factory=dict)
+    booked: float = 0.0
+    """The sum of the seconds."""
 
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        before, others = time.perf_counter(), sum(self.seconds.values())
-        yield
-        inside = sum(self.seconds.values()) - others  # what was counted meanwhile as a step of its own
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - before - inside
+    def step(self, name: str) -> _Step:
+        """Counts the time inside a ``with`` statement; what is counted meanwhile as a step of its own, only as that."""
+        return _Step(self, name)
 
-    def split(self, name: str, **parts: float) -> None:
-        """Book parts of a step, given in seconds of all threads together, as steps of their own."""
-        whole = self.seconds[name]
-        share = whole / max(whole, sum(parts.values()))
+    def book(self, name: str, seconds: float) -> None:
+        """Count a step that took so long."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.booked += seconds
+
+    def book_parts(self, name: str, whole: float, **parts: float) -> None:
+        """Count a step, and parts of it, given in seconds of all threads together, as steps of their own."""
+        together = sum(parts.values())
+        share = whole / max(whole, together)
+        self.book(name, whole - share * together)
         for part, seconds in parts.items():
-            self.seconds[part] = self.seconds.get(part, 0.0) + share * seconds
-            self.seconds[name] -= share * seconds
+            self.book(part, share * seconds)
 
     def left(self, otherwise: float) -> float:
         """Seconds until the timeout, or another number of seconds where there is none."""
@@ -125,8 +129,25 @@ class _Clock:
             )
 
 
-@dataclass(frozen=True)
-class _Plan:
+class _Step:
+    """A step that is being timed. A class of its own, for a generator as context manager takes four times as long."""
+
+    __slots__ = ("before", "clock", "name", "others")
+
+    def __init__(self, clock: _Clock, name: str) -> None:
+        self.clock, self.name = clock, name
+
+    def __enter__(self) -> None:
+        self.others = self.clock.booked
+        self.before = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        clock = self.clock
+        inside = clock.booked - self.others
+        clock.book(self.name, time.perf_counter() - self.before - inside)
+
+
+class _Plan(NamedTuple):
     """How a segment is searched, and why."""
 
     way: Literal["nothing", "exact", "matches", "scan"]
@@ -152,8 +173,7 @@ class _Part:
         return len(self.state) if self.matches is None else len(self.matches)
 
 
-@dataclass(frozen=True)
-class _Hits:
+class _Hits(NamedTuple):
     """What one block of queries found in a part, or in all: each (q, k), padded with -1 and inf; and how it went."""
 
     positions: Positions
@@ -188,16 +208,17 @@ def search(
 
     with clock.step("load"):
         snapshot, rows = load(matching)
-    with clock.step("load" if rows is None else "filter"):
-        parts = _parts(snapshot, request, rows)
+        parts = _parts(snapshot, request, None) if rows is None else []
+    if rows is not None:
+        with clock.step("filter"):
+            parts = _parts(snapshot, request, rows)
     k = min(int(request.k), sum(map(len, parts)))
     blocks: list[_Hits] = []
-    with faiss_threads(request.threads):
-        for block in _blocks(request, k, clock) if k else ():
-            queries = request.queries[block]
-            if parts[0].state.config.metric == "cosine":
-                queries = normalized(queries)
-            blocks.append(_search_block(parts, request, queries, k, clock))
+    for block in _blocks(request, k, clock) if k else ():
+        queries = request.queries[block]
+        if parts[0].state.config.metric == "cosine":
+            queries = normalized(queries)
+        blocks.append(_search_block(parts, request, queries, k, clock))
     clock.check()
     return _result(snapshot, parts, request, blocks, clock, filtered=match is not None)
 
@@ -237,11 +258,18 @@ def _plan(segment: Segment, request: SearchRequest) -> _Plan:
         return _Plan("exact", items, "distances to all items, because exact=True")
     if state.few:
         return _Plan("exact", items, "distances to all, because they are few")
-    text = f"probe the best of {len(state.leaves):,} leaves"
-    if segment.live is None:
+    deleted = len(state) - items
+    return _plan_to_probe(len(state.leaves), items, deleted, state.executor.exact)
+
+
+@lru_cache(maxsize=64)
+def _plan_to_probe(leaves: int, items: int, deleted: int, exact: bool) -> _Plan:
+    """Made once for each state of a segment: to write its text takes a single query a noticeable time."""
+    text = f"probe the best of {leaves:,} leaves"
+    if not deleted:
         return _Plan("scan", default_budget(items), text)
-    text += f", passing over {len(state) - items:,} deleted items"
-    return _Plan("matches" if state.executor.exact else "scan", default_budget(items), text)
+    text += f", passing over {deleted:,} deleted items"
+    return _Plan("matches" if exact else "scan", default_budget(items), text)
 
 
 def _filtered_plan(segment: Segment, request: SearchRequest, matches: Matches) -> _Plan:
@@ -290,14 +318,21 @@ def _search_block(parts: list[_Part], request: SearchRequest, queries: Vectors, 
 
 def _search_part(part: _Part, request: SearchRequest, queries: Vectors, k: int, clock: _Clock) -> _Hits:
     """The k nearest items of a part, numbered through all of them."""
+    state, plan = part.state, part.plan
+    if plan.way == "scan" and isinstance(state.executor, NativeScan) and len(part) >= _NEARLY_ALL * len(state):
+        return _search_natively(part, state.executor, request, queries, k, clock)
+    with faiss_threads(request.threads):
+        return _search_in_steps(part, request, queries, k, clock)
+
+
+def _search_in_steps(part: _Part, request: SearchRequest, queries: Vectors, k: int, clock: _Clock) -> _Hits:
+    """The k nearest items of a part: leaves are chosen, then scanned, then the best are re-ranked; or all compared."""
     state, matches, plan = part.state, part.matches, part.plan
     if plan.way == "exact":
         with clock.step("rerank"):
             allowed = None if matches is None else matches.positions
             positions, distances = state.vectors.nearest(queries, k, allowed, between=clock.check)
         return _Hits(positions + part.start, distances, 0, plan.budget, plan.budget)
-    if plan.way == "scan" and isinstance(state.executor, NativeExecutor) and len(part) >= _NEARLY_ALL * len(state):
-        return _search_natively(part, state.executor, request, queries, k, clock)
     with clock.step("lookup"):
         probes = choose_probes(
             state.scorer,
@@ -329,37 +364,44 @@ def _threads(request: SearchRequest) -> int:
 
 
 def _search_natively(
-    part: _Part, executor: NativeExecutor, request: SearchRequest, queries: Vectors, k: int, clock: _Clock
+    part: _Part, executor: NativeScan, request: SearchRequest, queries: Vectors, k: int, clock: _Clock
 ) -> _Hits:
     """The k nearest items of a part: leaves chosen, scanned and re-ranked in one call."""
-    rerank = max(int(request.rerank or default_rerank(k, part.state.config.metric)), k)
-    with clock.step("lookup"):
-        found = executor.search_leaves(
-            queries,
-            k,
-            rerank=rerank,
-            budget=part.plan.budget,
-            probes=request.probes,
-            matches=part.matches,
-            shown=_SHOWN_PROBES if request.single else 0,
-            threads=_threads(request),
-        )
-    clock.split("lookup", scan=found.seconds[1], rerank=found.seconds[2])
+    rerank = _rerank(part.state, request, k)
+    before = time.perf_counter()
+    found = executor.search_leaves(
+        queries,
+        k,
+        rerank=rerank,
+        budget=part.plan.budget,
+        probes=request.probes,
+        matches=part.matches,
+        shown=_SHOWN_PROBES if request.single else 0,
+        threads=_threads(request),
+    )
+    _, scan, reranking = found.seconds.tolist()
+    clock.book_parts("lookup", time.perf_counter() - before, scan=scan, rerank=reranking)
     return _Hits(
-        np.where(found.positions >= 0, found.positions + part.start, -1),
+        np.where(found.positions >= 0, found.positions + part.start, -1) if part.start else found.positions,
         found.distances,
         found.opened,
         found.candidates,
-        float(min(rerank, found.candidates.max())),
+        float(min(rerank, max(found.candidates.tolist()))),
         _native_probes(part.state, executor, queries[0], found) if request.single else tuple,
     )
 
 
 def _native_probes(
-    state: SearchState, executor: NativeExecutor, query: Vectors, found: Scanned
+    state: SearchState, executor: NativeScan, query: Vectors, found: Scanned
 ) -> Callable[[], tuple[Probe, ...]]:
-    chosen = found.leaves[0][found.leaves[0] >= 0]
-    return _written(state, chosen, executor.leaf_distances(query, found.scores[0, : len(chosen)], state.config.metric))
+    leaves, metric, distances = state.leaves, state.config.metric, executor.leaf_distances
+    query = query.copy()  # its owner may change it
+
+    def shown() -> tuple[Probe, ...]:
+        chosen = found.leaves[0][found.leaves[0] >= 0]
+        return _written(leaves, chosen, distances(query, found.scores[0, : len(chosen)], metric))
+
+    return shown
 
 
 def _scan(
@@ -367,7 +409,7 @@ def _scan(
 ) -> tuple[Positions, Distances, float]:
     """Let the executor scan what was probed, and re-rank; also how many are re-ranked for a query."""
     state, matches = part.state, part.matches
-    rerank = min(max(int(request.rerank or _default_rerank(state, k)), k), int(probes.candidates.max()))
+    rerank = min(_rerank(state, request, k), int(probes.candidates.max()))
     if matches is not None:
         return *_scan_and_check(state, queries, probes, matches, k, rerank, clock), float(rerank)
     with clock.step("scan"):
@@ -380,9 +422,12 @@ def _scan(
     return positions, distances, float(rerank)
 
 
-def _default_rerank(state: SearchState, k: int) -> int:
+def _rerank(state: SearchState, request: SearchRequest, k: int) -> int:
+    """Candidates to compute exact distances for."""
+    if request.rerank:
+        return max(int(request.rerank), k)
     if isinstance(state.executor, VectorListExecutor):  # which scans vectors, and not codes
-        return candidates_for(k, state.executor.precision)
+        return max(candidates_for(k, state.executor.precision), k)
     return default_rerank(k, state.config.metric)
 
 
@@ -393,7 +438,7 @@ def _scan_and_check(
     with clock.step("scan"):
         opened = np.where(probes.leaves >= 0, state.leaves.sizes[probes.leaves], 0).sum(axis=1)
         enough = min(math.ceil(_SCAN_MARGIN * rerank * len(state) / len(matches)), rerank + len(state) - len(matches))
-        most = MOST if isinstance(state.executor, VectorListExecutor) else enough
+        most = state.executor.most if isinstance(state.executor, VectorListExecutor) else enough
         scanned = state.executor.search(queries, probes, min(enough, int(opened.max()), most))[1]
         kept = _first_allowed(scanned, matches.allowed, rerank)
     with clock.step("rerank"):
@@ -423,17 +468,36 @@ def _result(
     filtered: bool,
 ) -> SearchResult:
     queries = len(request.queries)
-    if blocks:
+    if len(blocks) == 1:
+        found, near = blocks[0].positions, blocks[0].distances
+    elif blocks:
         found = np.concatenate([block.positions for block in blocks])
         near = np.concatenate([block.distances for block in blocks])
     else:
         found, near = np.empty((queries, 0), dtype=np.int64), np.empty((queries, 0), dtype=np.float32)
-    hit = found >= 0
-    hits = found[hit]
+    hits, distances, width = found.ravel(), near.ravel(), found.shape[1]
+    if request.single and -1 not in hits.tolist():
+        offsets = np.array([0, width])
+    else:
+        hit = found >= 0
+        hits, distances = found[hit], near[hit]
+        offsets = np.concatenate([[0], np.cumsum(hit.sum(axis=1))])
     with clock.step("ids"):
         flat_ids = snapshot.ids_at(hits)
-    trace = SearchTrace(
-        queries=queries,
+    seconds = dict(clock.seconds, total=time.perf_counter() - clock.started)
+    read_trace = partial(_trace, parts, request, blocks, seconds, filtered=filtered)
+    if not request.single:  # what it is made from would be held as long as the result
+        trace = read_trace()
+        read_trace = partial(lambda: trace)
+    return SearchResult(flat_ids, distances, lambda: snapshot.codes_at(hits), offsets, request.single, read_trace)
+
+
+def _trace(
+    parts: list[_Part], request: SearchRequest, blocks: list[_Hits], seconds: dict[str, float], *, filtered: bool
+) -> SearchTrace:
+    searched = [part for part in parts if len(part)] or parts[:1]
+    return SearchTrace(
+        queries=len(request.queries),
         k=int(request.k),
         leaves=sum(len(part.state.leaves) for part in parts),
         probed=_mean([block.probed for block in blocks], blocks),
@@ -441,19 +505,21 @@ def _result(
         reranked=_mean([block.reranked for block in blocks], blocks),
         matches=sum(map(len, parts)) if filtered else None,
         distances="exact" if parts[0].state.vectors.exact else "decoded",
-        executor=_executor_names(parts),
-        seconds=dict(clock.seconds, total=time.perf_counter() - clock.started),
-        read_probes=lambda: blocks[0].shown()[:_SHOWN_PROBES] if blocks else (),
-        plan=_plan_text(parts),
-        device=_devices(parts),
+        executor=_executor_names(searched),
+        seconds=seconds,
+        read_probes=_first_probes(blocks[0].shown) if blocks else tuple,
+        plan=_plan_text(searched),
+        device=_devices(searched),
     )
-    offsets = np.concatenate([[0], np.cumsum(hit.sum(axis=1))])
-    return SearchResult(flat_ids, near[hit], lambda: snapshot.codes_at(hits), offsets, request.single, trace)
+
+
+def _first_probes(shown: Callable[[], tuple[Probe, ...]]) -> Callable[[], tuple[Probe, ...]]:
+    return lambda: shown()[:_SHOWN_PROBES]
 
 
 def _plan_text(parts: list[_Part]) -> str:
-    """One sentence about all parts that can have hits, or about the first if there is none."""
-    first, *later = [part for part in parts if len(part)] or parts[:1]
+    """One sentence about all parts that were searched."""
+    first, *later = parts
     others = [f"and in {len(part.state):,} items added later: {part.plan.text}" for part in later]
     return "; ".join([first.plan.text, *others])
 
@@ -461,7 +527,7 @@ def _plan_text(parts: list[_Part]) -> str:
 def _executor_names(parts: list[_Part]) -> str:
     """What scanned."""
     names = []
-    for part in [part for part in parts if len(part)] or parts[:1]:
+    for part in parts:
         if part.plan.way == "matches":
             names.append("faiss-flat" if faiss_works() else "numpy")
         else:
@@ -471,7 +537,7 @@ def _executor_names(parts: list[_Part]) -> str:
 
 def _devices(parts: list[_Part]) -> str:
     """Where it scanned."""
-    scanned = [part.state.executor for part in parts if len(part) and part.plan.way == "scan"]
+    scanned = [part.state.executor for part in parts if part.plan.way == "scan"]
     used = [executor.device for executor in scanned if isinstance(executor, VectorListExecutor)]
     return ", ".join(dict.fromkeys(used)) or "cpu"
 
@@ -480,22 +546,24 @@ def _mean(values: list[NDArray[np.int64] | float], blocks: list[_Hits]) -> float
     """The mean over all queries of what is known of each query of a block, or of the block."""
     if not blocks:
         return 0.0
-    weights = [len(block.positions) for block in blocks]
-    means = [float(value.sum()) / len(value) if isinstance(value, np.ndarray) else value for value in values]
-    return float(sum(weight * mean for weight, mean in zip(weights, means, strict=True)) / sum(weights))
+    counts = [len(block.positions) for block in blocks]
+    sums = [
+        sum(value.tolist()) if isinstance(value, np.ndarray) else count * value
+        for count, value in zip(counts, values, strict=True)
+    ]
+    return float(sum(sums) / sum(counts))
 
 
 def _shown_probes(state: SearchState, query: Vectors, probes: Probes) -> Callable[[], tuple[Probe, ...]]:
     chosen = probes.leaves[0][probes.leaves[0] >= 0][:_SHOWN_PROBES]
-    return _written(state, chosen, state.scorer.distances(query, probes.scores[0, : len(chosen)], state.config.metric))
+    scores = state.scorer.distances(query, probes.scores[0, : len(chosen)], state.config.metric)
+    leaves = state.leaves  # what is called later holds these, and not all else
+    return lambda: _written(leaves, chosen, scores)
 
 
-def _written(
-    state: SearchState, chosen: NDArray[np.int64], scores: NDArray[np.float32]
-) -> Callable[[], tuple[Probe, ...]]:
-    """Writes out the leaves that were chosen, when called; holds the leaves until then, and not all else."""
-    leaves = state.leaves
-    return lambda: tuple(
+def _written(leaves: Leaves, chosen: NDArray[np.int64], scores: NDArray[np.float32]) -> tuple[Probe, ...]:
+    """The leaves that were chosen, written out."""
+    return tuple(
         Probe(leaves.text(leaf), score, int(leaves.sizes[leaf]))
         for leaf, score in zip(chosen.tolist(), scores.tolist(), strict=True)
     )

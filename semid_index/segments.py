@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from semid_index.codes import unpack
+from semid_index.arrow import Values, numpy_column
+from semid_index.code_scan import fastest_executor
+from semid_index.codes import pack, pack_rest, unpack
 from semid_index.lookup import (
     LeafScorer,
     Leaves,
@@ -39,8 +41,8 @@ from semid_index.rerank import (
     VectorsByPosition,
     stored_in_place,
 )
-from semid_index.scan import fastest_executor
-from semid_index.store import Stamp, Store
+from semid_index.scan import NativeScan
+from semid_index.store import Stamp, Store, StoredCodes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,6 +55,10 @@ def default_leaf_size(items: int) -> int:
 
 class SearchState:
     """What searching some of the items needs in memory, read from the store when first needed."""
+
+    _scan: NativeScan | None = None
+    """Holds the codes, where nobody else does."""
+    _ids_are_rows = False
 
     def __init__(
         self,
@@ -70,10 +76,19 @@ class SearchState:
         self.layout = store.layout
         self.rows = rows
         self.few = few
-        self.codes = store.codes(rows)
+        self._count = len(self.codes.rows)
 
     def __len__(self) -> int:
-        return len(self.codes.rows)
+        return self._count
+
+    @cached_property
+    def codes(self) -> StoredCodes:
+        """The codes of all items, sorted; where only the scan still holds them, they are read from there."""
+        if self._scan is None:
+            return self._store.codes(self.rows)
+        codes = self._scan.codes_at(np.arange(len(self)))
+        rest = pack_rest(codes, self.layout) if self.layout.rest_levels else None
+        return StoredCodes(self._rows.astype(np.int64), pack(codes, self.layout), rest)
 
     @cached_property
     def leaves(self) -> Leaves:
@@ -95,7 +110,7 @@ class SearchState:
         if self.config.vectors == "none":
             return self._decoded
         if self._vectors_in == "file" and not self.few:
-            return FileVectors(self._store, self.codes.rows, self.config.metric)
+            return FileVectors(self._store, self._rows, self.config.metric, self.rows)
         return MemoryVectors.load(self._store, self.places, self.config.metric)
 
     @cached_property
@@ -107,9 +122,25 @@ class SearchState:
         return fastest_executor(data, lambda: self.scorer)
 
     @cached_property
-    def ids(self) -> pa.Array:
-        """The ids of the items."""
-        return self._store.ids(self.rows)
+    def ids(self) -> pa.Array | None:
+        """The ids of the items; None if they equal the rows, or are fetched from the file."""
+        ids = self._store.ids(self.rows, of=self.codes)
+        if self.config.vectors != "none" and self._vectors_in == "memory":
+            return ids
+        self._ids_are_rows = str(ids.type) == "int64" and np.array_equal(_values(ids), self._rows)
+        fetched = self._vectors_in == "file" and not self.few
+        return None if self._ids_are_rows or fetched else ids
+
+    def ids_at(self, positions: Positions) -> NDArray[Any]:
+        """The ids of the items at some positions."""
+        if self.ids is not None:
+            return self._id_values.at(positions)
+        rows = self._rows[positions].astype(np.int64)
+        return rows if self._ids_are_rows else _values(self._store.ids_and_codes_of(rows)[0])
+
+    @cached_property
+    def _id_values(self) -> Values:
+        return Values(self.ids)
 
     @cached_property
     def places(self) -> Places:
@@ -121,17 +152,33 @@ class SearchState:
         _ = self.vectors, self.ids
         if not self.few:
             _ = self.scorer, self.executor
+            self._let_go()
         return self
+
+    def _let_go(self) -> None:
+        """Of what few searches need, where memory counts: it can be made again from what the scan holds."""
+        scan = self.executor
+        if isinstance(self.vectors, MemoryVectors) or not isinstance(scan, NativeScan) or not scan.holds_codes:
+            return
+        _ = self._rows
+        self._scan = scan
+        for name in ("codes", "places"):
+            vars(self).pop(name, None)
 
     def among(self, rows: NDArray[np.int64]) -> Matches:
         """Those of the items that have one of these rows; rows of other items, or of none, are left out."""
-        found = self.places.of(rows)
-        allowed = np.zeros(len(self), dtype=bool)
-        allowed[found[found >= 0]] = True
+        if isinstance(self.vectors, MemoryVectors):
+            found = self.places.of(rows)
+            allowed = np.zeros(len(self), dtype=bool)
+            allowed[found[found >= 0]] = True
+        else:
+            allowed = _is_among(self._rows, rows, self.rows)
         return Matches.among(self.leaves, allowed)
 
     def codes_at(self, positions: Positions) -> NDArray[np.int32]:
         """The codes at some positions: (m, levels)."""
+        if self._scan is not None:
+            return self._scan.codes_at(positions)
         return unpack(
             self.codes.sids[positions], self.layout, None if self.codes.rest is None else self.codes.rest[positions]
         )
@@ -139,17 +186,19 @@ class SearchState:
     def memory(self) -> dict[str, int]:
         """Bytes held for searching, part by part; only of what was read already."""
         loaded = vars(self)
-        parts = {
-            "codes": self.codes.rows.nbytes
-            + self.codes.sids.nbytes
-            + (0 if self.codes.rest is None else self.codes.rest.nbytes)
-        }
+        parts = {"codes": 0}
+        if "_rows" in loaded:
+            parts["codes"] += self._rows.nbytes
+        if "codes" in loaded:
+            held = (self.codes.rows, self.codes.sids, self.codes.rest)
+            parts["codes"] += sum(array.nbytes for array in held if array is not None)
         if "vectors" in loaded:
             parts["vectors"] = self.vectors.nbytes
         if "executor" in loaded:
             parts["executor"] = self.executor.nbytes
-        if "ids" in loaded:
-            parts["ids"] = int(self.ids.nbytes)
+        ids = loaded.get("ids")
+        if ids is not None:
+            parts["ids"] = int(ids.nbytes)
         if "scorer" in loaded:
             parts["leaves"] = (
                 self.leaves.starts.nbytes
@@ -160,6 +209,12 @@ class SearchState:
         if "places" in loaded:
             parts["positions"] = self.places.nbytes
         return parts
+
+    @cached_property
+    def _rows(self) -> NDArray[np.int32] | NDArray[np.int64]:
+        """The row of the item at each position, as small as it can be."""
+        small = self.rows.stop <= np.iinfo(np.int32).max
+        return self.codes.rows.astype(np.int32) if small else self.codes.rows
 
     @cached_property
     def _decoded(self) -> DecodedVectors:
@@ -225,8 +280,8 @@ class Snapshot:
     def ids_at(self, hits: Positions) -> NDArray[Any]:
         """The ids of hits."""
         if len(self.segments) == 1:
-            return _values(self.states[0].ids.take(hits))
-        return self._gather(hits, lambda state, mine: _values(state.ids.take(mine)))
+            return self.states[0].ids_at(hits)
+        return self._gather(hits, lambda state, mine: state.ids_at(mine))
 
     def codes_at(self, hits: Positions) -> NDArray[np.int32]:
         """The codes of hits: (m, levels)."""
@@ -255,6 +310,16 @@ class Snapshot:
         return found
 
 
+def _is_among(items: NDArray[np.integer], rows: NDArray[np.int64], span: range) -> NDArray[np.bool_]:
+    """For each item, given by its row, whether that is one of some rows; all items have rows within the span."""
+    rows = rows[(rows >= span.start) & (rows < span.stop)]
+    if len(span) > 64 * max(len(items), 1):
+        return np.isin(items, rows)
+    wanted = np.zeros(len(span), dtype=bool)
+    wanted[rows - span.start] = True
+    found: NDArray[np.bool_] = wanted[items - span.start]
+    return found
+
+
 def _values(column: pa.Array) -> NDArray[Any]:
-    values: NDArray[Any] = column.to_numpy(zero_copy_only=False)
-    return values
+    return numpy_column(column)

@@ -88,15 +88,17 @@ def _checked(array: NDArray[Any], dim: int | None, what: str, *, finite: bool = 
     return converted
 
 
-def as_queries(queries: Any, *, dim: int) -> tuple[Vectors, bool]:
+def as_queries(queries: Any, *, dim: int, finite: bool = True) -> tuple[Vectors, bool]:
     """One query of shape (dim,), or many of shape (q, dim), as (q, dim) vectors; and whether it was one.
+
+    With ``finite=False``, NaN and infinite values are let through.
 
     >>> as_queries([1, 2], dim=2)
     (array([[1., 2.]], dtype=float32), True)
     """
     array = _read_array(queries, "queries", dim)
     is_one = array.ndim == 1
-    return _checked(array[np.newaxis] if is_one else array, dim, "queries"), is_one
+    return _checked(array[np.newaxis] if is_one else array, dim, "queries", finite=finite), is_one
 
 
 def bad_rows(vectors: Vectors, *, zero: bool) -> NDArray[np.int64]:
@@ -120,6 +122,8 @@ def _read_array(data: Any, what: str, dim: int | None = None) -> NDArray[Any]:
 
     ``dim`` is needed for columns of lists that have no row to learn it from.
     """
+    if type(data) is np.ndarray and data.dtype.kind in "fiu":  # nearly always, and a single query has no time to lose
+        return data
     column = _arrow_column(data, None, what)
     if column is not None:
         width = _list_width(column.type, column.chunks) or dim or 0
@@ -183,6 +187,8 @@ def _matrix(array: NDArray[Any], what: str) -> NDArray[Any]:
 
 def _to_float32(array: NDArray[Any]) -> Vectors:
     """The same values in the one layout that everything else expects; the same memory if it has that layout."""
+    if type(array) is np.ndarray and array.dtype == np.float32 and array.flags.c_contiguous and array.flags.aligned:
+        return array
     with np.errstate(all="ignore"):  # a float64 beyond float32 becomes infinite, which bad_rows finds
         return np.require(array, np.float32, ["C_CONTIGUOUS", "ALIGNED", "ENSUREARRAY"])
 

@@ -139,6 +139,23 @@ def test_kernels_agree_on_any_shape(clustered, seed, monkeypatch):
         np.testing.assert_allclose(found[name].distances, found["plain"].distances, rtol=1e-4, atol=1e-4 * best)
 
 
+@needs_native
+def test_queries_together_find_what_each_finds_alone(clustered, monkeypatch):
+    """More queries than are scanned together, and codes of several pieces of memory."""
+    data, scorer = scan_data(clustered, "l2", n=60_000, sizes=(64, 32), leaf_size=40)
+    executor = NativeExecutor(data, data.vectors, scorer)
+    queries = queries_for(clustered, "l2", 600, 24)
+    options = {"rerank": 40, "budget": 3_000, "probes": None, "matches": None, "shown": 5, "threads": 1}
+    for name in native.KERNELS:
+        monkeypatch.setenv("SEMID_NATIVE", name)
+        together = executor.search_leaves(queries, 10, **options)
+        for query in range(0, 600, 9):
+            alone = executor.search_leaves(queries[query : query + 1], 10, **options)
+            # products of one query and of many are rounded differently, which may exchange the last ones
+            assert np.isin(alone.positions[0], together.positions[query]).sum() >= 9
+            assert abs(alone.candidates[0] - together.candidates[query]) <= 40
+
+
 def test_the_scan_ranks_as_what_its_codes_stand_for(clustered, kernel):
     """At 24 dimensions, 12 parts and 3 levels, nine of ten true neighbours are among the best 40 of 3,000."""
     data, scorer = scan_data(clustered, "l2")
@@ -213,6 +230,42 @@ def test_doctor_says_which_scan_is_used(monkeypatch):
         monkeypatch.setenv("SEMID_NATIVE", "plain")
         on = next(finding for finding in doctor.examine() if finding.check == "native scan")
         assert (on.status, on.found) == ("ok", "plain")
+
+
+@pytest.mark.parametrize(("parts", "width"), [(6, 4), (5, 2), (3, 3)])
+def test_codes_and_codewords_are_those_of_numpy(kernel, parts, width):
+    """Whole numbers, so that sums are exact, many distances are equal, and the first of the nearest words counts."""
+    random = np.random.default_rng(width)
+    vectors, words, centre = (
+        random.integers(-3, 4, size).astype(np.float32) for size in ((400, parts * width), (9, parts * width), width)
+    )
+    centre = np.tile(centre, parts)
+    codebooks = random.integers(-3, 4, (parts, 16, width)).astype(np.float32)
+    codebooks[:, 11] = codebooks[:, 4]
+    columns = random.integers(0, 9, (400, 2)).astype(np.int32)
+    lengths = random.integers(0, 50, 400).astype(np.float32)
+    codes, scalars = native.encode(vectors, lengths, columns, words, centre, codebooks, threads=2)
+
+    stood_for = words[columns].sum(axis=1) - centre
+    left = (vectors - stood_for).reshape(400, parts, 1, width)
+    distances = np.square(left - codebooks).sum(axis=3)
+    best = distances.argmin(axis=2)
+    assert (np.sort(distances, axis=2)[:, :, 0] == np.sort(distances, axis=2)[:, :, 1]).any()
+    unpacked = np.stack([codes & 15, codes >> 4], axis=2).reshape(400, -1)[:, :parts]
+    np.testing.assert_array_equal(unpacked, best)
+    decoded = stood_for + codebooks[np.arange(parts), best].reshape(400, -1)
+    shorter = lengths - np.square(vectors).sum(axis=1)  # what rotation cut off
+    expected = np.square(decoded).sum(axis=1) + np.square(vectors - decoded).sum(axis=1) + shorter
+    np.testing.assert_allclose(scalars, expected, atol=1e-3)
+
+    points = vectors.reshape(400, parts, width)
+    trained = native.train(points, codebooks, iterations=1, threads=2)
+    nearest = np.square(points[:, :, None] - codebooks).sum(axis=3).argmin(axis=2)
+    for part in range(parts):
+        for word in range(16):
+            mine = points[nearest[:, part] == word, part]
+            expected = mine.mean(axis=0) if len(mine) else codebooks[part, word]
+            np.testing.assert_allclose(trained[part, word], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])

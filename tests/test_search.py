@@ -96,8 +96,36 @@ def test_searches_from_many_threads_do_not_mix(index, vectors):
 
 
 def test_threads_change_nothing_but_time(index, vectors):
-    one, two = (index.search(vectors[:300], threads=threads) for threads in (1, 2))
-    assert np.array_equal(np.array(one.ids), np.array(two.ids))
+    one, *others = (index.search(vectors[:700], threads=threads) for threads in (1, 2, 3, 16))
+    for other in others:
+        assert np.array_equal(np.array(one.ids), np.array(other.ids))
+        assert one.trace.candidates == pytest.approx(other.trace.candidates, abs=1)
+
+
+def test_one_query_after_the_other_finds_what_a_batch_finds(index, vectors):
+    """A thread keeps the memory of its last single query for the next one; results are copies."""
+    queries = vectors[:60] + np.float32(0.1)
+    together = {k: index.search(queries, k) for k in (1, 10, 7)}
+    alone = [(k, i, index.search(queries[i], k)) for i in range(60) for k in together]
+    for k, i, hits in alone:
+        assert hits.ids.tolist() == together[k].ids[i].tolist()
+        assert hits.distances == pytest.approx(together[k].distances[i], abs=1e-5)
+
+
+def test_a_trace_tells_of_its_search_however_late_it_is_read(vectors, tmp_path):
+    with semid.create(tmp_path / "index.duckdb", dim=16, levels=2, codebook_size=32) as index:
+        index.train(vectors)
+        index.add(vectors[:10_000])
+        query = vectors[3].copy()
+        known = index.search(query, probes=5).trace.to_dict()
+        hits = index.search(query, probes=5)
+        query[:] = 0
+        index.add(vectors[10_000:])
+        index.search(query)
+    late = hits.trace.to_dict()
+    assert set(late.pop("seconds")) == set(known.pop("seconds"))
+    assert late == known
+    assert hits.trace is hits.trace
 
 
 def test_a_timeout_ends_a_search(index, vectors):

@@ -65,58 +65,214 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 
 // The best so many of what a scan finds. Sums are compared as unsigned numbers, offset so that none is negative.
 struct Best {
-  Buffer<Found> buffer;
-  size_t count = 0, keep = 0, limit = 0;
-  int64_t threshold = INT64_MAX;  // only sums below it are wanted
+  Found* data;
+  size_t count, keep, limit;
+  int64_t threshold;  // only sums below it are wanted
 
-  void start(size_t wanted) {
+  static size_t room(size_t wanted) { return 2 * wanted + 64 + kBlock; }
+  void start(size_t wanted, Found* memory) {
+    data = memory;
     keep = wanted;
     limit = 2 * wanted + 64;
     count = 0;
     threshold = INT64_MAX;
-    buffer.room(limit + kBlock);
   }
-  void add(uint32_t sum, uint32_t position) { buffer.data[count++] = {static_cast<uint64_t>(sum) << 32 | position}; }
+  void add(uint32_t sum, uint32_t position) { data[count++] = {static_cast<uint64_t>(sum) << 32 | position}; }
   void shrink() {
     if (count <= keep) return;
-    std::nth_element(buffer.data, buffer.data + keep, buffer.data + count, Less{});
-    Found worst = *std::max_element(buffer.data, buffer.data + keep, Less{});
+    std::nth_element(data, data + keep, data + count, Less{});
+    Found worst = *std::max_element(data, data + keep, Less{});
     count = keep;
     threshold = static_cast<int64_t>(worst.value >> 32) + 1;  // an equal sum may still win by position
   }
 };
 
-struct Scratch {
-  Buffer<float> scores, firsts, tables, partial;
-  Buffer<Scored> leaves, sorted, hits;
-  Buffer<uint8_t> lut, wide_lut, heads;
+// Items side by side that a query has to scan.
+struct Visit {
+  uint32_t position, slot;  // of the first, as in Run
+  int32_t items;
+  uint32_t base;  // what is added to their sums
+};
+
+struct Tables {
+  float unit;         // what one step of the sums is worth
+  float low;          // the sum of the least entries of all tables
+  uint16_t multiplier;  // of scalars, times 2^-16
+  const uint8_t* lut;   // (parts, padded, 16)
+  const uint8_t* heads;  // (heads, 256)
+};
+
+// One of the queries that are scanned together.
+struct Scan {
+  Tables tables;
+  float lowest;  // what a base of 0 stands for
+  size_t next, first_end, end;  // of its visits: to be scanned next, after the very best leaves, after the last
   Best best;
+};
+
+struct Scratch {
+  Buffer<float> scores, bounds, tables, partial, near_scores;
+  Buffer<int32_t> near_items, near_numbers, group_counts, inside, chosen;
+  Buffer<Scored> sorted, hits;
+  Buffer<uint8_t> luts;
+  Buffer<Visit> visits;
+  Buffer<Found> found;
+  Buffer<Scan> scans;
 };
 
 // -- leaves -----------------------------------------------------------------------------------------------------------
 
-// Leaves that share their first word are neighbours; nearly all have a second word, few a third.
-void score_leaves(const Index& index, const float* products, Scratch& scratch) {
-  const int32_t n = index.leaves;
-  float* scores = scratch.scores.room(n + 16);
-  float* seconds = scratch.partial.room(index.second_count + 64);
-  for (int32_t w = 0; w < index.second_count; w++) seconds[w] = products[index.second_columns[w]];
-  // What the leaves of a group share is written past its end, where the next group overwrites it
-  float* firsts = scratch.firsts.room(n + 32);
-  for (int32_t g = 0; g < index.group_count; g++) {
-    const float product = products[index.groups[g].column];
-    const int32_t end = index.groups[g + 1].start;
-#if SEMID_ISA == 2
-    for (int32_t j = index.groups[g].start; j < end; j += 16) _mm512_storeu_ps(firsts + j, _mm512_set1_ps(product));
-#else
-    for (int32_t j = index.groups[g].start; j < end; j++) firsts[j] = product;
-#endif
+// Minimum and maximum; lane by lane, which compilers turn into instructions for whole registers.
+struct Range {
+  float low, high;
+};
+
+Range range_of(const float* values, size_t count) {
+  constexpr size_t kWide = 32;
+  float low[kWide], high[kWide];
+  for (size_t j = 0; j < kWide; j++) {
+    low[j] = INFINITY;
+    high[j] = -INFINITY;
   }
-  int32_t i = 0;
+  size_t i = 0;
+  for (; i + kWide <= count; i += kWide) {
+    for (size_t j = 0; j < kWide; j++) {
+      low[j] = values[i + j] < low[j] ? values[i + j] : low[j];
+      high[j] = values[i + j] > high[j] ? values[i + j] : high[j];
+    }
+  }
+  Range range{low[0], high[0]};
+  for (size_t j = 1; j < kWide; j++) {
+    range.low = low[j] < range.low ? low[j] : range.low;
+    range.high = high[j] > range.high ? high[j] : range.high;
+  }
+  for (; i < count; i++) {
+    range.low = values[i] < range.low ? values[i] : range.low;
+    range.high = values[i] > range.high ? values[i] : range.high;
+  }
+  return range;
+}
+
+// Leaves or groups of leaves, each with a score and a number of items.
+struct Listed {
+  float* scores;
+  int32_t* items;
+  int32_t* leaves;   // how many leaves each is; null: one
+  int32_t* numbers;  // which leaf each is
+  size_t count;
+};
+
+struct Amount {
+  int64_t items, leaves;
+  bool covers(const Amount& other) const { return items >= other.items && leaves >= other.leaves; }
+};
+
+// What is listed with a score of at most `limit`.
+Amount amount_within(const Listed& listed, float limit) {
+  uint32_t items = 0, leaves = 0;  // fewer than 2^32 in all
+  if (listed.leaves) {
+    for (size_t i = 0; i < listed.count; i++) {
+      const uint32_t inside = listed.scores[i] <= limit ? ~0u : 0u;
+      items += static_cast<uint32_t>(listed.items[i]) & inside;
+      leaves += static_cast<uint32_t>(listed.leaves[i]) & inside;
+    }
+  } else {
+    for (size_t i = 0; i < listed.count; i++) {
+      const uint32_t inside = listed.scores[i] <= limit ? ~0u : 0u;
+      items += static_cast<uint32_t>(listed.items[i]) & inside;
+      leaves -= inside;
+    }
+  }
+  return {items, leaves};
+}
+
+// Two scores: within the upper one there is enough, within the lower one there is not.
+struct Bracket {
+  float lower, upper;
+  Amount below;  // what is within the lower one
+};
+
+// Halves the range of scores until no more than `few` leaves are between the two; no branch depends on single scores.
+// What is needed must be there.
+Bracket bracket(const Listed& listed, const Amount& needed, int64_t few) {
+  const Range range = range_of(listed.scores, listed.count);
+  Bracket found{-INFINITY, range.high, {0, 0}};
+  float low = range.low;
+  int64_t reached = amount_within(listed, range.high).leaves;
+  for (int32_t step = 0; step < 24 && reached - found.below.leaves > few; step++) {
+    const float middle = low + (found.upper - low) / 2;
+    if (!(middle > low && middle < found.upper)) break;
+    const Amount within = amount_within(listed, middle);
+    if (within.covers(needed)) {
+      found.upper = middle;
+      reached = within.leaves;
+    } else {
+      found.lower = low = middle;
+      found.below = within;
+    }
+  }
+  return found;
+}
+
+constexpr int64_t kFew = 8;
+
+// The last leaf that is needed, by score and then by number; enough of them must be there.
+Scored last_needed(const Listed& leaves, const Amount& needed, Scratch& scratch) {
+  const Bracket around = bracket(leaves, needed, kFew);
+  Scored* between = scratch.sorted.room(leaves.count + 1);
+  size_t count = 0;
+  for (size_t i = 0; i < leaves.count; i++) {
+    between[count] = {leaves.scores[i], static_cast<int32_t>(i)};
+    count += leaves.scores[i] > around.lower && leaves.scores[i] <= around.upper;
+  }
+  std::sort(between, between + count, Less{});
+  Amount held = around.below;
+  size_t last = 0;
+  for (; last < count; last++) {
+    held.items += leaves.items[between[last].number];
+    held.leaves++;
+    if (held.covers(needed)) break;
+  }
+  last = last < count ? last : count - 1;
+  return {between[last].score, leaves.numbers[between[last].number]};
+}
+
+// Leaves whose first word is the same are neighbours, a *group*; nearly all have a second word, few a third.
+struct Groups {
+  const Index& index;
+  const float* products;
+  float* scores;   // (leaves, padded) those of the groups scored last
+  float* seconds;  // products of the second words
+  float* bounds;   // (groups) no leaf of a group has a lower score
+
+  float product(int32_t g) const { return products[index.groups[g].column]; }
+  int32_t start(int32_t g) const { return index.groups[g].start; }
+  int32_t end(int32_t g) const { return index.groups[g + 1].start; }
+};
+
+Groups bound_groups(const Index& index, const float* products, Scratch& scratch) {
+  Groups groups{index, products, scratch.scores.room(index.leaves + 32), scratch.partial.room(index.second_count + 64),
+                scratch.bounds.room(index.group_count)};
+  for (int32_t w = 0; w < index.second_count; w++) groups.seconds[w] = products[index.second_columns[w]];
+  float least = range_of(groups.seconds, static_cast<size_t>(index.second_count)).low, least_further = 0;
+  for (int32_t t = 0; t < index.further_count; t++)
+    least_further = std::min(least_further, products[index.further[t].column]);
+  least += least_further * static_cast<float>(index.further_terms);
+  for (int32_t g = 0; g < index.group_count; g++) groups.bounds[g] = groups.product(g) + index.group_lows[g] + least;
+  return groups;
+}
+
+void score_group(const Groups& groups, int32_t g) {
+  const Index& index = groups.index;
+  const float product = groups.product(g), *seconds = groups.seconds;
+  const int32_t end = groups.end(g);
+  float* scores = groups.scores;
+  int32_t i = groups.start(g);
 #if SEMID_ISA == 2
   if (index.second_count <= 512) {
     const int32_t pairs = (index.second_count + 31) / 32;
-    for (; i < n; i += 16) {  // the arrays are padded to whole registers
+    const __m512 shared = _mm512_set1_ps(product);
+    for (; i < end; i += 16) {  // what is written past the end belongs to groups that are scored later, if at all
       const __m512i word = _mm512_cvtepu16_epi32(_mm256_loadu_si256(
           reinterpret_cast<const __m256i*>(index.second_words + i)));
       __m512 found = _mm512_permutex2var_ps(_mm512_load_ps(seconds), word, _mm512_load_ps(seconds + 16));
@@ -125,147 +281,124 @@ void score_leaves(const Index& index, const float* products, Scratch& scratch) {
             _mm512_permutex2var_ps(_mm512_load_ps(seconds + 32 * p), word, _mm512_load_ps(seconds + 32 * p + 16));
         found = _mm512_mask_mov_ps(found, _mm512_cmpge_epi32_mask(word, _mm512_set1_epi32(32 * p)), other);
       }
-      const __m512 rest = _mm512_add_ps(_mm512_load_ps(firsts + i), _mm512_loadu_ps(index.leaf_constants + i));
-      _mm512_store_ps(scores + i, _mm512_add_ps(found, rest));
+      const __m512 rest = _mm512_add_ps(shared, _mm512_loadu_ps(index.leaf_constants + i));
+      _mm512_storeu_ps(scores + i, _mm512_add_ps(found, rest));
     }
   }
 #endif
-  for (; i < n; i++) scores[i] = firsts[i] + index.leaf_constants[i] + seconds[index.second_words[i]];
-  for (int32_t t = 0; t < index.further_count; t++) scores[index.further[t].start] += products[index.further[t].column];
+  for (; i < end; i++) scores[i] = product + index.leaf_constants[i] + seconds[index.second_words[i]];
+  for (int32_t t = index.group_further[g]; t < index.group_further[g + 1]; t++)
+    scores[index.further[t].start] += groups.products[index.further[t].column];
 }
 
-// All leaves that count with a score of at most `limit`, in order; how many items they hold.
-int64_t leaves_within(const Index& index, const int32_t* counts, const float* scores, float limit, Buffer<Scored>& found, size_t& count) {
-  Scored* out = found.room(index.leaves + 16);
-  size_t filled = 0;
-  int64_t items = 0;
-  int32_t i = 0;
+// Appends the leaves of a group that count and have a score of at most `limit`.
+void take_group(const Groups& groups, int32_t g, const int32_t* counts, float limit, Listed& leaves) {
+  const float* scores = groups.scores;
+  int32_t i = groups.start(g);
+  const int32_t end = groups.end(g);
 #if SEMID_ISA == 2
   const __m512 bound = _mm512_set1_ps(limit);
-  for (; i + 16 <= index.leaves; i += 16) {
-    uint32_t inside = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + i), bound, _CMP_LE_OQ);
-    for (; inside; inside &= inside - 1) {
-      const int32_t leaf = i + __builtin_ctz(inside);
-      out[filled] = {scores[leaf], leaf};
-      items += counts[leaf];
-      filled += counts[leaf] > 0;
-    }
+  const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (; i < end; i += 16) {
+    const __mmask16 there = static_cast<__mmask16>(i + 16 <= end ? 0xFFFF : (1u << (end - i)) - 1);
+    const __m512 found = _mm512_loadu_ps(scores + i);  // not masked: that would wait for the store
+    const __m512i items = _mm512_maskz_loadu_epi32(there, counts + i);
+    const __mmask16 inside =
+        _mm512_mask_cmp_ps_mask(_mm512_test_epi32_mask(items, items), found, bound, _CMP_LE_OQ);
+    _mm512_storeu_ps(leaves.scores + leaves.count, _mm512_maskz_compress_ps(inside, found));
+    _mm512_storeu_si512(leaves.items + leaves.count, _mm512_maskz_compress_epi32(inside, items));
+    _mm512_storeu_si512(leaves.numbers + leaves.count,
+                        _mm512_maskz_compress_epi32(inside, _mm512_add_epi32(places, _mm512_set1_epi32(i))));
+    leaves.count += static_cast<size_t>(__builtin_popcount(inside));
+  }
+#else
+  for (; i < end; i++) {
+    leaves.scores[leaves.count] = scores[i];
+    leaves.items[leaves.count] = counts[i];
+    leaves.numbers[leaves.count] = i;
+    leaves.count += scores[i] <= limit && counts[i];
   }
 #endif
-  for (; i < index.leaves; i++) {
-    if (scores[i] > limit || !counts[i]) continue;
-    out[filled++] = {scores[i], i};
-    items += counts[i];
+}
+
+// The leaves with a score of at most `limit`, and that count, of the groups with a bound of at most `of_groups`.
+Listed leaves_within(const Groups& groups, const int32_t* counts, float of_groups, float limit, Scratch& scratch) {
+  const size_t room = static_cast<size_t>(groups.index.leaves) + 16;
+  Listed leaves{scratch.near_scores.room(room), scratch.near_items.room(room), nullptr, scratch.near_numbers.room(room), 0};
+  int32_t* inside = scratch.inside.room(static_cast<size_t>(groups.index.group_count) + 1);
+  size_t count = 0;
+  for (int32_t g = 0; g < groups.index.group_count; g++) {
+    inside[count] = g;
+    count += groups.bounds[g] <= of_groups;
   }
-  count = filled;
-  return items;
+  for (size_t i = 0; i < count; i++) {
+    score_group(groups, inside[i]);
+    take_group(groups, inside[i], counts, limit, leaves);
+  }
+  return leaves;
+}
+
+constexpr int32_t kManyGroups = 16;  // from so many on, most are left out by their bounds
+constexpr double kEnough = 1.5;      // so much more than what is needed, the groups with the lowest bounds hold
+
+// A score that enough leaves are within, found among the groups with the lowest bounds; infinite if that fails.
+float score_limit(const Groups& groups, const int32_t* counts, int32_t* group_counts, const Amount& needed,
+                  Scratch& scratch) {
+  const Index& index = groups.index;
+  if (index.group_count < kManyGroups) return INFINITY;
+  const Listed listed{groups.bounds, group_counts, index.group_leaves, nullptr, static_cast<size_t>(index.group_count)};
+  const Amount more{static_cast<int64_t>(kEnough * static_cast<double>(needed.items)),
+                    static_cast<int64_t>(kEnough * static_cast<double>(needed.leaves))};
+  const Bracket around = bracket(listed, more, index.leaves / 64);
+  const Listed leaves = leaves_within(groups, counts, around.upper, INFINITY, scratch);
+  return amount_within(leaves, INFINITY).covers(needed) ? bracket(leaves, needed, kFew).upper : INFINITY;
 }
 
 constexpr size_t kFirst = 8;  // leaves to scan before all others, so that the threshold of the scan falls quickly
 
-// The leaves to open: the best until they hold `goal` items and are `least` many. The very best come first, the others
-// in the order of memory. Returns how many items they hold.
-int64_t choose_leaves(const Index& index, const int32_t* counts, int64_t goal, int64_t least, Scratch& scratch, size_t& count) {
-  const int32_t n = index.leaves;
-  const float* scores = scratch.scores.data;
-  goal = std::min(goal, index.items);
-  least = std::min<int64_t>(std::max<int64_t>(least, 1), n);
-  // 1. A limit that lets a little more than enough through, from a sample of the scores
-  const double share = std::max(static_cast<double>(goal) / index.items, static_cast<double>(least) / n);
-  constexpr int32_t kSample = 256;
-  int64_t items = 0;
-  if (n > kSample && share < 0.5) {
-    float sample[kSample];
-    for (int32_t i = 0; i < kSample; i++) sample[i] = scores[static_cast<int64_t>(n) * i / kSample];
-    double rank = 1.25 * share * kSample + 3;
-    for (int32_t tries = 0;; tries++) {
-      float limit = INFINITY;
-      if (rank < kSample && tries < 4) {
-        std::nth_element(sample, sample + static_cast<int32_t>(rank), sample + kSample, Less{});
-        limit = sample[static_cast<int32_t>(rank)];
-      }
-      items = leaves_within(index, counts, scores, limit, scratch.leaves, count);
-      if (limit == INFINITY || (items >= goal && static_cast<int64_t>(count) >= least)) break;
-      rank = 2 * rank + 4;
-    }
-  } else {
-    items = leaves_within(index, counts, scores, INFINITY, scratch.leaves, count);
+// The leaves to open: the best until they hold what is needed, into scratch.chosen. The very best come first, the others
+// in the order of memory. Returns how many items and leaves.
+Amount choose_leaves(const Index& index, const float* products, const int32_t* counts, int32_t* group_counts,
+                     Amount needed, Scratch& scratch) {
+  const Groups groups = bound_groups(index, products, scratch);
+  const float limit = score_limit(groups, counts, group_counts, needed, scratch);
+  const Listed leaves = leaves_within(groups, counts, limit, limit, scratch);
+  int32_t* chosen = scratch.chosen.room(leaves.count + 1);
+  if (!leaves.count) return {0, 0};
+  const Amount there = amount_within(leaves, INFINITY);
+  needed = {std::min(needed.items, there.items), std::min(needed.leaves, there.leaves)};
+  const Scored last = last_needed(leaves, needed, scratch);
+  const size_t first = std::min(kFirst, leaves.count);
+  Scored near = last_needed(leaves, {0, static_cast<int64_t>(first)}, scratch);
+  if (last < near) near = last;
+  Scored* nearest = scratch.sorted.room(leaves.count + 1);
+  size_t filled = 0;
+  for (size_t i = 0; i < leaves.count; i++) {
+    nearest[filled] = {leaves.scores[i], leaves.numbers[i]};
+    filled += !(near < nearest[filled]);
   }
-  // 2. Cut the range of their scores into slices, and find the one with the last leaf that is needed: no comparisons
-  const Scored* leaves = scratch.leaves.data;
-  Scored* chosen = scratch.sorted.room(count + kFirst + 1);
-  if (!count) return 0;
-  float least_score = leaves[0].score, most = leaves[0].score;
-  for (size_t i = 1; i < count; i++) {
-    least_score = leaves[i].score < least_score ? leaves[i].score : least_score;
-    most = leaves[i].score > most ? leaves[i].score : most;
+  std::sort(nearest, nearest + filled, Less{});
+  for (size_t i = 0; i < filled; i++) chosen[i] = nearest[i].number;
+  Amount held{0, 0};
+  for (size_t i = 0; i < leaves.count; i++) {
+    const Scored leaf{leaves.scores[i], leaves.numbers[i]};
+    const bool wanted = !(last < leaf);
+    held.items += wanted ? leaves.items[i] : 0;
+    held.leaves += wanted;
+    chosen[filled] = leaf.number;
+    filled += wanted && near < leaf;
   }
-  constexpr int32_t kSlices = 128;
-  const float scale = most > least_score ? (kSlices - 1) / (most - least_score) : 0;
-  auto slice_of = [&](const Scored& leaf) {
-    const float place = (leaf.score - least_score) * scale;
-    return place > 0 ? static_cast<int32_t>(std::min(place, kSlices - 1.0f)) : 0;
-  };
-  int64_t held_by[kSlices] = {0};
-  int32_t size_of[kSlices] = {0};
-  for (size_t i = 0; i < count; i++) {
-    const int32_t slice = slice_of(leaves[i]);
-    held_by[slice] += counts[leaves[i].number];
-    size_of[slice]++;
-  }
-  int64_t held = 0, number = 0;
-  int32_t cut = 0;
-  while (cut < kSlices - 1 && (held + held_by[cut] < goal || number + size_of[cut] < least)) {
-    held += held_by[cut];
-    number += size_of[cut++];
-  }
-  size_t inside = 0;
-  for (size_t i = 0; i < count; i++) {
-    chosen[inside] = leaves[i];
-    inside += slice_of(leaves[i]) == cut;
-  }
-  std::sort(chosen, chosen + inside, Less{});
-  size_t needed = 0;
-  while (needed < inside && (held < goal || number < least)) {
-    held += counts[chosen[needed++].number];
-    number++;
-  }
-  const Scored last = needed ? chosen[needed - 1] : Scored{-INFINITY, 0};
-  // 3. The very best of these first
-  const size_t first = std::min(kFirst, static_cast<size_t>(number));
-  int32_t first_cut = 0;
-  for (size_t sum = 0; first_cut < cut; first_cut++)
-    if ((sum += static_cast<size_t>(size_of[first_cut])) >= first) break;
-  inside = 0;
-  for (size_t i = 0; i < count; i++) {
-    chosen[inside] = leaves[i];
-    inside += slice_of(leaves[i]) <= first_cut;
-  }
-  std::sort(chosen, chosen + inside, Less{});
-  const Scored near = chosen[first - 1];
-  size_t filled = first;
-  for (size_t i = 0; i < count; i++) {
-    const int32_t slice = slice_of(leaves[i]);
-    const bool wanted = slice < cut || (slice == cut && !(last < leaves[i]));
-    chosen[filled] = leaves[i];
-    filled += wanted && near < leaves[i];
-  }
-  count = filled;
   return held;
 }
 
 // -- tables -----------------------------------------------------------------------------------------------------------
 
-struct Tables {
-  float unit;         // what one step of the sums is worth
-  float low;          // the sum of the least entries of all tables
-  uint16_t multiplier;  // of scalars, times 2^-16
-  const uint8_t* lut;   // (parts padded, 16)
-  const uint8_t* wide;  // the same as whole registers, for AVX-512
-  const uint8_t* heads;  // (heads, 256)
-};
+// Bytes of the tables of one query.
+size_t table_bytes(const Index& index) {
+  return static_cast<size_t>(index.rows) * 32 + static_cast<size_t>(index.heads) * 256;
+}
 
-Tables make_tables(const Index& index, const float* rotated, const float* products, Scratch& scratch) {
+Tables make_tables(const Index& index, const float* rotated, const float* products, Scratch& scratch, uint8_t* memory) {
   float* tables = scratch.tables.room(static_cast<size_t>(index.rows) * 32);
   float* lows = scratch.partial.room(2 * index.rows + index.heads);
   float range = 0, low = 0;
@@ -289,35 +422,23 @@ Tables make_tables(const Index& index, const float* rotated, const float* produc
   float unit = range / 127;  // two parts are added in one byte
   for (int32_t h = 0; h < index.heads; h++) {
     const float* head = products + index.head_columns[h];
-    float least = head[0], most = head[0];
-    for (int32_t c = 1; c < index.head_sizes[h]; c++) {
-      least = head[c] < least ? head[c] : least;
-      most = head[c] > most ? head[c] : most;
-    }
-    lows[index.parts + h] = least;
-    low += least;
-    unit = std::max(unit, (most - least) / 255);
+    const Range range_of_head = range_of(head, static_cast<size_t>(index.head_sizes[h]));
+    lows[index.parts + h] = range_of_head.low;
+    low += range_of_head.low;
+    unit = std::max(unit, (range_of_head.high - range_of_head.low) / 255);
   }
   unit = std::max(unit, index.scalar_step * 65535 / 32768);  // scalars must leave room in 16 bits
   if (!(unit > 0)) unit = 1;
   const float inverse = 1 / unit;
 
-  uint8_t* lut = scratch.lut.room(static_cast<size_t>(index.rows) * 32);
-  for (int32_t p = 0; p < index.parts; p++)
-    for (int32_t c = 0; c < 16; c++)
-      lut[p * 16 + c] = static_cast<uint8_t>((tables[p * 16 + c] - lows[p]) * inverse + 0.5f);
-  std::memset(lut + index.parts * 16, 0, static_cast<size_t>(2 * index.rows - index.parts) * 16);
-  uint8_t* wide = nullptr;
-#if SEMID_ISA == 2
-  wide = scratch.wide_lut.room(static_cast<size_t>(index.rows) * 64);
-  for (int32_t r = 0; r < index.rows; r += 2) {  // low nibbles of both rows, then high ones; each table twice
-    for (int32_t lane = 0; lane < 8; lane++) {
-      const int32_t part = 2 * (r + (lane % 4) / 2) + lane / 4;
-      std::memcpy(wide + r * 64 + lane * 16, lut + part * 16, 16);
-    }
+  uint8_t* lut = memory;
+  for (int32_t p = 0; p < 2 * index.rows; p++) {
+    uint8_t entries[16] = {0};
+    for (int32_t c = 0; c < 16 && p < index.parts; c++)
+      entries[c] = static_cast<uint8_t>((tables[p * 16 + c] - lows[p]) * inverse + 0.5f);
+    std::memcpy(lut + p * 16, entries, 16);
   }
-#endif
-  uint8_t* heads = scratch.heads.room(static_cast<size_t>(index.heads) * 256);
+  uint8_t* heads = lut + static_cast<size_t>(index.rows) * 32;
   for (int32_t h = 0; h < index.heads; h++) {
     const float* head = products + index.head_columns[h];
     const float least = lows[index.parts + h];
@@ -326,54 +447,52 @@ Tables make_tables(const Index& index, const float* rotated, const float* produc
     std::memset(heads + h * 256 + size, 0, 256 - size);
   }
   const float scaled = index.scalar_step * inverse * 65536;
-  return {unit, low, static_cast<uint16_t>(std::min(scaled + 0.5f, 65535.0f)), lut, wide, heads};
+  return {unit, low, static_cast<uint16_t>(std::min(scaled + 0.5f, 65535.0f)), lut, heads};
 }
 
 // -- scan -------------------------------------------------------------------------------------------------------------
 
-// The sums of one block, those of even items first; each fits 16 bits, or is cut off there.
+// Sums of a block are kept as (even items, odd items), for bytes become 16 bits wide that way; each fits, or is cut off.
 #if SEMID_ISA == 2
 
-struct HeadTables {  // registers with the table of a level
-  __m512i a, b, c, d;
-};
-
-inline __m512i look_up(const HeadTables& t, int32_t size, __m512i codes) {
-  if (size <= 64) return _mm512_permutexvar_epi8(codes, t.a);
-  const __m512i lower = _mm512_permutex2var_epi8(t.a, codes, t.b);
+// The entries of one level's table for 64 codes.
+inline __m512i look_up(const uint8_t* table, int32_t size, __m512i codes) {
+  const __m512i a = _mm512_loadu_si512(table);
+  if (size <= 64) return _mm512_permutexvar_epi8(codes, a);
+  const __m512i lower = _mm512_permutex2var_epi8(a, codes, _mm512_loadu_si512(table + 64));
   if (size <= 128) return lower;
-  return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), lower, _mm512_permutex2var_epi8(t.c, codes, t.d));
+  const __m512i upper =
+      _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), codes, _mm512_loadu_si512(table + 192));
+  return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), lower, upper);
 }
 
-inline __m512i sum_block(const Index& index, const Tables& tables, const uint8_t* block) {
-  const __m512i nibble = _mm512_set1_epi8(15), byte = _mm512_set1_epi16(255);
-  __m512i sums = _mm512_setzero_si512(), odd = _mm512_setzero_si512();
-  const uint8_t* lut = tables.wide;
-  for (int32_t r = 0; r < index.rows; r += 2, lut += 128) {
-    const __m512i codes = _mm512_loadu_si512(block + r * kBlock);
-    const __m512i low = _mm512_shuffle_epi8(_mm512_load_si512(lut), _mm512_and_si512(codes, nibble));
+inline __m512i table_of(const uint8_t* lut) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lut)));
+}
+
+inline void sum_block(const Index& index, const Tables& tables, const uint8_t* block, __m512i& even, __m512i& odd) {
+  const __m512i nibble = _mm512_set1_epi8(15);
+  even = odd = _mm512_setzero_si512();
+  const uint8_t* lut = tables.lut;
+  for (int32_t r = 0; r < index.rows; r++, lut += 32, block += kBlock) {
+    __m512i codes = _mm512_load_si512(block);
+    asm("" : "+v"(codes));  // loaded once, and not by each of the instructions that use it
+    const __m512i low = _mm512_shuffle_epi8(table_of(lut), _mm512_and_si512(codes, nibble));
     const __m512i high =
-        _mm512_shuffle_epi8(_mm512_load_si512(lut + 64), _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble));
+        _mm512_shuffle_epi8(table_of(lut + 16), _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble));
     const __m512i both = _mm512_add_epi8(low, high);
-    sums = _mm512_add_epi16(sums, both);  // of even items, with those of odd items in the upper byte
+    even = _mm512_add_epi16(even, both);  // with those of odd items in the upper byte
     odd = _mm512_add_epi16(odd, _mm512_srli_epi16(both, 8));
   }
-  sums = _mm512_sub_epi16(sums, _mm512_slli_epi16(odd, 8));
-  const __m256i even_items = _mm256_add_epi16(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64(sums, 1));
-  const __m256i odd_items = _mm256_add_epi16(_mm512_castsi512_si256(odd), _mm512_extracti64x4_epi64(odd, 1));
-  __m512i total = _mm512_inserti64x4(_mm512_castsi256_si512(even_items), odd_items, 1);
-  const uint8_t* codes = block + index.rows * kBlock;
-  for (int32_t h = 0; h < index.heads; h++, codes += kBlock) {
-    const uint8_t* table = tables.heads + h * 256;
-    const HeadTables loaded{_mm512_load_si512(table), _mm512_load_si512(table + 64), _mm512_load_si512(table + 128),
-                            _mm512_load_si512(table + 192)};
-    const __m512i packed = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-    const __m256i found = _mm512_castsi512_si256(look_up(loaded, index.head_sizes[h], packed));
-    const __m256i evens = _mm256_and_si256(found, _mm512_castsi512_si256(byte));
-    total = _mm512_add_epi16(total, _mm512_inserti64x4(_mm512_castsi256_si512(evens), _mm256_srli_epi16(found, 8), 1));
+  even = _mm512_sub_epi16(even, _mm512_slli_epi16(odd, 8));
+  for (int32_t h = 0; h < index.heads; h++, block += kBlock) {
+    const __m512i found = look_up(tables.heads + h * 256, index.head_sizes[h], _mm512_load_si512(block));
+    even = _mm512_add_epi16(even, _mm512_and_si512(found, _mm512_set1_epi16(255)));
+    odd = _mm512_add_epi16(odd, _mm512_srli_epi16(found, 8));
   }
-  const __m512i scalars = _mm512_mulhi_epu16(_mm512_loadu_si512(codes), _mm512_set1_epi16(tables.multiplier));
-  return _mm512_adds_epu16(total, scalars);
+  const __m512i multiplier = _mm512_set1_epi16(static_cast<int16_t>(tables.multiplier));
+  even = _mm512_adds_epu16(even, _mm512_mulhi_epu16(_mm512_load_si512(block), multiplier));
+  odd = _mm512_adds_epu16(odd, _mm512_mulhi_epu16(_mm512_load_si512(block + kBlock), multiplier));
 }
 
 #else
@@ -381,43 +500,44 @@ inline __m512i sum_block(const Index& index, const Tables& tables, const uint8_t
 void sum_block(const Index& index, const Tables& tables, const uint8_t* block, uint16_t* total) {
 #if SEMID_ISA == 1
   const __m256i nibble = _mm256_set1_epi8(15);
-  __m256i even = _mm256_setzero_si256(), odd = _mm256_setzero_si256();
-  for (int32_t r = 0; r < index.rows; r++) {
-    const __m128i* lut = reinterpret_cast<const __m128i*>(tables.lut + r * 32);
-    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + r * kBlock));
-    const __m256i low =
-        _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(lut)), _mm256_and_si256(codes, nibble));
-    const __m256i high = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(lut + 1)),
-                                             _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble));
-    const __m256i both = _mm256_add_epi8(low, high);
-    even = _mm256_add_epi16(even, both);
-    odd = _mm256_add_epi16(odd, _mm256_srli_epi16(both, 8));
+  __m256i* sums = reinterpret_cast<__m256i*>(total);
+  for (int32_t half = 0; half < 2; half++) {
+    __m256i even = _mm256_setzero_si256(), odd = _mm256_setzero_si256();
+    for (int32_t r = 0; r < index.rows; r++) {
+      const __m128i* lut = reinterpret_cast<const __m128i*>(tables.lut + r * 32);
+      const __m256i codes = _mm256_load_si256(reinterpret_cast<const __m256i*>(block + r * kBlock) + half);
+      const __m256i low =
+          _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(lut)), _mm256_and_si256(codes, nibble));
+      const __m256i high = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(lut + 1)),
+                                               _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble));
+      const __m256i both = _mm256_add_epi8(low, high);
+      even = _mm256_add_epi16(even, both);
+      odd = _mm256_add_epi16(odd, _mm256_srli_epi16(both, 8));
+    }
+    _mm256_store_si256(sums + half, _mm256_sub_epi16(even, _mm256_slli_epi16(odd, 8)));
+    _mm256_store_si256(sums + 2 + half, odd);
   }
-  even = _mm256_sub_epi16(even, _mm256_slli_epi16(odd, 8));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(total), even);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(total + 16), odd);
 #else
   std::memset(total, 0, 2 * kBlock);
   for (int32_t r = 0; r < index.rows; r++) {
     const uint8_t *low = tables.lut + r * 32, *high = low + 16, *codes = block + r * kBlock;
     for (int32_t j = 0; j < kBlock; j++)
-      total[(j & 1) * 16 + j / 2] += static_cast<uint16_t>(low[codes[j] & 15] + high[codes[j] >> 4]);
+      total[(j & 1) * kHalf + j / 2] += static_cast<uint16_t>(low[codes[j] & 15] + high[codes[j] >> 4]);
   }
 #endif
   const uint8_t* codes = block + index.rows * kBlock;
   for (int32_t h = 0; h < index.heads; h++, codes += kBlock) {
     const uint8_t* table = tables.heads + h * 256;
-    for (int32_t j = 0; j < 16; j++) {
+    for (int32_t j = 0; j < kHalf; j++) {
       total[j] += table[codes[2 * j]];
-      total[16 + j] += table[codes[2 * j + 1]];
+      total[kHalf + j] += table[codes[2 * j + 1]];
     }
   }
 #if SEMID_ISA == 1
   const __m256i multiplier = _mm256_set1_epi16(static_cast<int16_t>(tables.multiplier));
-  for (int32_t half = 0; half < 2; half++) {
-    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes) + half);
-    __m256i* sums = reinterpret_cast<__m256i*>(total) + half;
-    _mm256_storeu_si256(sums, _mm256_adds_epu16(_mm256_loadu_si256(sums), _mm256_mulhi_epu16(raw, multiplier)));
+  for (int32_t i = 0; i < 4; i++) {
+    const __m256i raw = _mm256_load_si256(reinterpret_cast<const __m256i*>(codes) + i);
+    _mm256_store_si256(sums + i, _mm256_adds_epu16(_mm256_load_si256(sums + i), _mm256_mulhi_epu16(raw, multiplier)));
   }
 #else
   for (int32_t j = 0; j < kBlock; j++) {
@@ -429,91 +549,126 @@ void sum_block(const Index& index, const Tables& tables, const uint8_t* block, u
 #endif
 }
 
+// Which of the sums are below a bound.
+inline uint64_t below(const uint16_t* sums, int64_t bound) {
+  uint64_t found = 0;
+#if SEMID_ISA == 1
+  // unsigned a < b as: not max(a, b) == a
+  const __m256i least = _mm256_set1_epi16(static_cast<int16_t>(bound));
+  const __m256i* all = reinterpret_cast<const __m256i*>(sums);
+  for (int32_t half = 0; half < 2; half++) {
+    const __m256i a = _mm256_load_si256(all + 2 * half), b = _mm256_load_si256(all + 2 * half + 1);
+    const __m256i packed =
+        _mm256_permute4x64_epi64(_mm256_packs_epi16(_mm256_cmpeq_epi16(_mm256_max_epu16(a, least), a),
+                                                    _mm256_cmpeq_epi16(_mm256_max_epu16(b, least), b)),
+                                 0xD8);
+    found |= static_cast<uint64_t>(~static_cast<uint32_t>(_mm256_movemask_epi8(packed))) << 32 * half;
+  }
+#else
+  for (int32_t j = 0; j < kBlock; j++) found |= static_cast<uint64_t>(sums[j] < bound) << j;
+#endif
+  return found;
+}
+
 #endif
 
-// Which of the sums are of the first so many items.
-inline uint32_t valid_items(int32_t items) {
-  if (items >= kBlock) return 0xFFFFFFFFu;
-  const uint32_t even = (1u << ((items + 1) / 2)) - 1, odd = (1u << (items / 2)) - 1;
-  return even | odd << 16;
+// The bits of the first so many items: those of even items in the lower half, of odd ones in the upper.
+inline uint64_t first_items(int32_t items) {
+  if (items >= kBlock) return ~uint64_t{0};
+  const uint64_t even = (uint64_t{1} << ((items + 1) / 2)) - 1, odd = (uint64_t{1} << (items / 2)) - 1;
+  return even | odd << kHalf;
 }
 
 inline void prefetch(const void* data, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(data) + b);
 }
 
-// `ahead`: the run that comes next, read from memory while this one is scanned, block by block.
-void scan_run(const Index& index, const Tables& tables, const Run& run, uint32_t base, const uint8_t* allowed,
-              const Run& ahead, Best& best) {
-  const uint8_t* block = index.blocks + run.offset;
-  const uint8_t* next = index.blocks + ahead.offset;
+// `ahead`: what comes next, read from memory while this is scanned, block by block.
+void scan_items(const Index& index, const Tables& tables, const Visit& visit, const uint8_t* allowed, const Visit& ahead,
+                Best& best) {
   const int64_t stride = index.block_stride();
-  for (int32_t done = 0; done < run.items; done += kBlock, block += stride, next += stride) {
-    if (done < ahead.items) prefetch(next, stride);
-    const int64_t left = best.threshold - base;
+  const uint8_t* block = index.blocks + visit.slot / kBlock * stride;
+  const uint8_t* next = index.blocks + ahead.slot / kBlock * stride;
+  const int32_t skipped = static_cast<int32_t>(visit.slot % kBlock), end = skipped + visit.items;
+  const int32_t next_end = static_cast<int32_t>(ahead.slot % kBlock) + ahead.items;
+  uint64_t wanted = ~first_items(skipped);
+  for (int32_t done = 0; done < end; done += kBlock, block += stride, next += stride, wanted = ~uint64_t{0}) {
+    if (done < next_end) prefetch(next, stride);
+    const int64_t left = best.threshold - visit.base;
     if (left <= 0) return;
     alignas(64) uint16_t sums[kBlock];
-    uint32_t near = valid_items(run.items - done);
+    uint64_t near = wanted & first_items(end - done);
 #if SEMID_ISA == 2
-    const __m512i total = sum_block(index, tables, block);
-    if (left <= 65535) near &= _mm512_cmplt_epu16_mask(total, _mm512_set1_epi16(static_cast<int16_t>(left)));
+    __m512i even, odd;
+    sum_block(index, tables, block, even, odd);
+    if (left <= 65535) {
+      const __m512i bound = _mm512_set1_epi16(static_cast<int16_t>(left));
+      near &= _mm512_cmplt_epu16_mask(even, bound) | static_cast<uint64_t>(_mm512_cmplt_epu16_mask(odd, bound)) << kHalf;
+    }
     if (!near) continue;
-    _mm512_store_si512(sums, total);
+    _mm512_store_si512(sums, even);
+    _mm512_store_si512(sums + kHalf, odd);
 #else
     sum_block(index, tables, block, sums);
-    if (left <= 65535) {
-#if SEMID_ISA == 1
-      // unsigned a < b as: not max(a, b) == a
-      const __m256i bound = _mm256_set1_epi16(static_cast<int16_t>(left));
-      const __m256i* all = reinterpret_cast<const __m256i*>(sums);
-      const __m256i even = _mm256_load_si256(all), odd = _mm256_load_si256(all + 1);
-      const __m256i packed = _mm256_permute4x64_epi64(
-          _mm256_packs_epi16(_mm256_cmpeq_epi16(_mm256_max_epu16(even, bound), even),
-                             _mm256_cmpeq_epi16(_mm256_max_epu16(odd, bound), odd)),
-          0xD8);
-      near &= ~static_cast<uint32_t>(_mm256_movemask_epi8(packed));
-#else
-      uint32_t below = 0;
-      for (int32_t j = 0; j < kBlock; j++) below |= static_cast<uint32_t>(sums[j] < left) << j;
-      near &= below;
+    if (left <= 65535) near &= below(sums, left);
 #endif
-    }
-#endif
+    const uint32_t origin = visit.position + static_cast<uint32_t>(done - skipped);  // of the block; wraps below 0
     for (; near; near &= near - 1) {
-      const int32_t j = __builtin_ctz(near);
-      const int32_t item = j < 16 ? 2 * j : 2 * j - 31;
-      const int64_t position = run.position + done + item;
-      if (!allowed || allowed[position]) best.add(base + sums[j], static_cast<uint32_t>(position));
+      const uint32_t j = static_cast<uint32_t>(__builtin_ctzll(near));
+      const uint32_t position = origin + 2 * (j % kHalf) + j / kHalf;
+      if (!allowed || allowed[position]) best.add(visit.base + sums[j], position);
     }
     if (best.count >= best.limit) best.shrink();
   }
 }
 
-// Scans some leaves, the first ones first; best.buffer then holds the best items, unordered.
-void scan_leaves(const Index& index, const Tables& tables, const float* products, const Scored* leaves, size_t count,
-                 const uint8_t* allowed, Best& best, float& lowest) {
+// What to scan for a query whose leaves are the first `count` of scratch.chosen, those from kFirst on in the
+// order of memory: appended to `visits`, leaves side by side as one.
+void list_visits(const Index& index, const float* products, size_t count, Scan& scan, Scratch& scratch) {
+  const int32_t* leaves = scratch.chosen.data;
+  auto shared = [&](const Run& run) { return run.word < 0 ? 0 : index.first_constants[run.word] + products[run.word]; };
   // Sums become unsigned by counting from the least that any item in these leaves can have
   float least = INFINITY;
+  size_t runs = 0;
   for (size_t i = 0; i < count; i++) {
-    for (int32_t r = index.leaf_runs[leaves[i].number]; r < index.leaf_runs[leaves[i].number + 1]; r++) {
-      const Run& run = index.runs[r];
-      least = std::min(least, run.constant + (run.word < 0 ? 0 : products[run.word]));
+    const int32_t leaf = leaves[i], end = index.leaf_runs[leaf + 1];
+    for (int32_t r = index.leaf_runs[leaf]; r < end; r++, runs++) {
+      const float sum = shared(index.runs[r]);
+      least = sum < least ? sum : least;
     }
   }
-  lowest = least;
-  const float inverse = 1 / tables.unit;
+  scan.lowest = least;
+  const float inverse = 1 / scan.tables.unit;
+  Visit* visits = scratch.visits.room(scan.next + runs);
+  size_t filled = scan.next, mergeable = scan.next;
   for (size_t i = 0; i < count; i++) {
-    const int32_t leaf = leaves[i].number;
-    const int32_t last = index.leaf_runs[leaf + 1] - 1;
-    const int32_t next_leaf = i + 1 < count ? index.leaf_runs[leaves[i + 1].number] : last;
-    for (int32_t r = index.leaf_runs[leaf]; r < index.leaf_runs[leaf + 1]; r++) {
+    if (i == kFirst) mergeable = filled;
+    const int32_t leaf = leaves[i], end = index.leaf_runs[leaf + 1];
+    for (int32_t r = index.leaf_runs[leaf]; r < end; r++) {
       const Run& run = index.runs[r];
-      const float base = (run.constant + (run.word < 0 ? 0 : products[run.word]) - least) * inverse;
-      scan_run(index, tables, run, base < 4e9f ? static_cast<uint32_t>(base) : 4000000000u, allowed,
-               index.runs[r < last ? r + 1 : next_leaf], best);
+      if (filled > mergeable) {
+        Visit& before = visits[filled - 1];
+        const uint32_t items = static_cast<uint32_t>(before.items);
+        if (before.position + items == run.position && before.slot + items == run.slot && run.slot % kBlock) {
+          before.items += run.items;
+          continue;
+        }
+      }
+      const float base = (shared(run) - least) * inverse;
+      visits[filled++] = {run.position, run.slot, run.items, base < 4e9f ? static_cast<uint32_t>(base) : 4000000000u};
     }
+    if (i + 1 == kFirst) scan.first_end = filled;
   }
-  best.shrink();
+  if (count < kFirst) scan.first_end = filled;
+  scan.end = filled;
+}
+
+// Scans on up to a visit, or up to a place in memory.
+void scan_until(const Index& index, const Visit* visits, const uint8_t* allowed, size_t end, uint64_t slot, Scan& scan) {
+  while (scan.next < end && visits[scan.next].slot < slot) {
+    const Visit& visit = visits[scan.next++];
+    scan_items(index, scan.tables, visit, allowed, visits[scan.next < scan.end ? scan.next : scan.next - 1], scan.best);
+  }
 }
 
 // -- exact distances --------------------------------------------------------------------------------------------------
@@ -645,18 +800,17 @@ float distance(const Index& index, const float* query, const T* rows, int64_t po
 }
 
 template <typename T>
-size_t rerank(const Index& index, const float* query, Scratch& scratch) {
+size_t rerank(const Index& index, const float* query, const Best& best, Scratch& scratch) {
   const T* rows = static_cast<const T*>(index.vectors);
-  const Best& best = scratch.best;
   Scored* hits = scratch.hits.room(best.count);
   const int64_t bytes = static_cast<int64_t>(index.dim) * sizeof(T);
   constexpr size_t kAhead = 6;
   for (size_t i = 0; i < std::min(kAhead, best.count); i++)
-    prefetch(rows + (best.buffer.data[i].value & 0xFFFFFFFF) * index.dim, bytes);
+    prefetch(rows + (best.data[i].value & 0xFFFFFFFF) * index.dim, bytes);
   for (size_t i = 0; i < best.count; i++) {
     if (i + kAhead < best.count)
-      prefetch(rows + (best.buffer.data[i + kAhead].value & 0xFFFFFFFF) * index.dim, bytes);
-    const int64_t position = static_cast<int64_t>(best.buffer.data[i].value & 0xFFFFFFFF);
+      prefetch(rows + (best.data[i + kAhead].value & 0xFFFFFFFF) * index.dim, bytes);
+    const int64_t position = static_cast<int64_t>(best.data[i].value & 0xFFFFFFFF);
     hits[i] = {distance(index, query, rows, position), static_cast<int32_t>(position)};
   }
   return best.count;
@@ -664,84 +818,173 @@ size_t rerank(const Index& index, const float* query, Scratch& scratch) {
 
 // -- the whole --------------------------------------------------------------------------------------------------------
 
+// Chooses leaves of one query; they are then in scratch.chosen, as list_visits wants them. Returns how many.
+size_t route(const Index& index, const Request& request, int64_t q, const int32_t* counts, int32_t* group_counts,
+             Scratch& scratch) {
+  Amount held{0, 0};
+  if (request.given) {
+    int32_t* leaves = scratch.chosen.room(static_cast<size_t>(request.given_width));
+    for (int64_t i = 0; i < request.given_width; i++) {
+      const int64_t leaf = request.given[q * request.given_width + i];
+      if (leaf < 0) continue;
+      leaves[held.leaves++] = static_cast<int32_t>(leaf);
+      held.items += counts[leaf];
+    }
+    std::sort(leaves + std::min<int64_t>(kFirst, held.leaves), leaves + held.leaves, Less{});
+  } else {
+    const Amount needed{std::min(request.goal, index.items), std::max<int64_t>(request.least_leaves, 1)};
+    held = choose_leaves(index, request.products + q * request.columns, counts, group_counts, needed, scratch);
+  }
+  const size_t count = static_cast<size_t>(held.leaves);
+  if (request.shown && !request.given) {
+    Scored* best = scratch.sorted.room(count + 1);
+    for (size_t i = 0; i < count; i++) best[i] = {scratch.scores.data[scratch.chosen.data[i]], scratch.chosen.data[i]};
+    std::sort(best, best + count, Less{});
+    for (int64_t i = 0; i < request.shown; i++) {
+      const bool there = i < held.leaves;
+      request.shown_leaves[q * request.shown + i] = there ? best[i].number : -1;
+      request.shown_scores[q * request.shown + i] = there ? best[i].score : INFINITY;
+    }
+  }
+  request.candidates[q] = held.items;
+  request.opened[q] = held.leaves;
+  return count;
+}
+
+// Writes the hits of one query.
+void finish(const Index& index, const Request& request, int64_t q, const Scan& scan, Scratch& scratch) {
+  const int64_t width = request.k ? request.k : request.keep;
+  int64_t* positions = request.positions + q * width;
+  float* distances = request.distances + q * width;
+  int64_t filled = 0;
+  if (request.k) {
+    const float* query = request.vectors + q * index.dim;
+    const size_t found = index.dtype == kFloat32   ? rerank<float>(index, query, scan.best, scratch)
+                         : index.dtype == kFloat16 ? rerank<uint16_t>(index, query, scan.best, scratch)
+                                                   : rerank<int8_t>(index, query, scan.best, scratch);
+    filled = std::min<int64_t>(request.k, static_cast<int64_t>(found));
+    Scored* hits = scratch.hits.data;
+    std::partial_sort(hits, hits + filled, hits + found, Less{});
+    for (int64_t i = 0; i < filled; i++) {
+      positions[i] = hits[i].number;
+      distances[i] = hits[i].score;
+    }
+  } else {
+    const Best& best = scan.best;
+    std::sort(best.data, best.data + best.count, Less{});
+    filled = static_cast<int64_t>(best.count);
+    const float low = scan.lowest + scan.tables.low + index.scalar_low;
+    for (int64_t i = 0; i < filled; i++) {
+      const uint64_t value = best.data[i].value;
+      positions[i] = static_cast<int64_t>(value & 0xFFFFFFFF);
+      distances[i] = low + scan.tables.unit * static_cast<float>(value >> 32);
+    }
+  }
+  for (int64_t i = filled; i < width; i++) {
+    positions[i] = -1;
+    distances[i] = INFINITY;
+  }
+}
+
+constexpr size_t kTogether = 512;       // queries that are scanned together, at most,
+constexpr size_t kTogetherBytes = 8 << 20;  // unless what they need takes more memory than that
+constexpr size_t kPieceBytes = 256 << 10;   // of memory that one query after the other scans, so that it stays in the cache
+
+// Some of the queries [first, last), the first ones: as many as are scanned together. Returns how many.
+int64_t search_together(const Index& index, const Request& request, int64_t first, int64_t last, Scratch& scratch,
+                        double* seconds) {
+  const int32_t* counts = request.counts ? request.counts : index.leaf_sizes;
+  const size_t keep = static_cast<size_t>(request.keep), room = Best::room(keep), bytes = (table_bytes(index) + 63) / 64 * 64;
+  const size_t fitting = kTogetherBytes / (room * sizeof(Found) + bytes) + 1;
+  const size_t most = std::min(std::min(kTogether, fitting), static_cast<size_t>(last - first));
+  Found* found = scratch.found.room(most * room);
+  uint8_t* luts = scratch.luts.room(most * bytes);
+  Scan* scans = scratch.scans.room(most);
+  int32_t* group_counts = index.group_sizes;
+  if (request.counts && !request.given) {
+    group_counts = scratch.group_counts.room(static_cast<size_t>(index.group_count));
+    for (int32_t g = 0; g < index.group_count; g++) {
+      group_counts[g] = 0;
+      for (int32_t leaf = index.groups[g].start; leaf < index.groups[g + 1].start; leaf++) group_counts[g] += counts[leaf];
+    }
+  }
+  size_t queries = 0, listed = 0;
+  for (; queries < most && listed * sizeof(Visit) < kTogetherBytes; queries++) {
+    const double started = now();
+    const int64_t q = first + static_cast<int64_t>(queries);
+    const float* products = request.products + q * request.columns;
+    const size_t count = route(index, request, q, counts, group_counts, scratch);
+    const double routed = now();
+    Scan& scan = scans[queries];
+    scan.tables = make_tables(index, request.rotated + q * index.parts * index.width, products, scratch, luts + queries * bytes);
+    scan.best.start(keep, found + queries * room);
+    scan.next = listed;
+    list_visits(index, products, count, scan, scratch);
+    listed = scan.end;
+    scan_until(index, scratch.visits.data, request.allowed, scan.first_end, UINT64_MAX, scan);
+    scan.best.shrink();
+    seconds[0] += routed - started;
+    seconds[1] += now() - routed;
+  }
+  const double listing = now();
+  // Piece by piece of memory: what one query has brought into the cache, the next ones find there
+  const int64_t blocks = index.block_bytes / index.block_stride();
+  const int64_t piece = queries > 1 ? std::max<int64_t>(1, static_cast<int64_t>(kPieceBytes) / index.block_stride()) : blocks;
+  for (int64_t block = 0; block < blocks; block += piece) {
+    const uint64_t until = static_cast<uint64_t>(block + piece) * kBlock;
+    for (size_t i = 0; i < queries; i++)
+      scan_until(index, scratch.visits.data, request.allowed, scans[i].end, until, scans[i]);
+  }
+  const double scanned = now();
+  for (size_t i = 0; i < queries; i++) {
+    scans[i].best.shrink();
+    finish(index, request, first + static_cast<int64_t>(i), scans[i], scratch);
+  }
+  seconds[1] += scanned - listing;
+  seconds[2] += now() - scanned;
+  return static_cast<int64_t>(queries);
+}
+
 void search(const Index& index, const Request& request, int64_t first, int64_t last, double* seconds) {
   Scratch scratch;
-  const int64_t width = request.k ? request.k : request.keep;
-  const int32_t* counts = request.counts ? request.counts : index.leaf_sizes;
-  for (int64_t q = first; q < last; q++) {
-    const double started = now();
-    const float* products = request.products + q * request.columns;
-    int64_t* positions = request.positions + q * width;
-    float* distances = request.distances + q * width;
-    size_t count = 0;
-    int64_t items = 0;
-    if (request.given) {
-      Scored* leaves = scratch.sorted.room(request.given_width);
-      for (int64_t i = 0; i < request.given_width; i++) {
-        const int64_t leaf = request.given[q * request.given_width + i];
-        if (leaf < 0) continue;
-        leaves[count++] = {static_cast<float>(count), static_cast<int32_t>(leaf)};
-        items += counts[leaf];
-      }
-    } else {
-      score_leaves(index, products, scratch);
-      items = choose_leaves(index, counts, request.goal, request.least_leaves, scratch, count);
-      if (request.shown) {
-        Scored* leaves = scratch.sorted.data;
-        std::sort(leaves, leaves + count, Less{});
-        for (int64_t i = 0; i < request.shown; i++) {
-          const bool there = i < static_cast<int64_t>(count);
-          request.shown_leaves[q * request.shown + i] = there ? leaves[i].number : -1;
-          request.shown_scores[q * request.shown + i] = there ? leaves[i].score : INFINITY;
-        }
-      }
-    }
-    request.candidates[q] = items;
-    request.opened[q] = static_cast<int64_t>(count);
-    const double routed = now();
-
-    const Tables tables = make_tables(index, request.rotated + q * index.parts * index.width, products, scratch);
-    scratch.best.start(static_cast<size_t>(request.keep));
-    float lowest = 0;
-    scan_leaves(index, tables, products, scratch.sorted.data, count, request.allowed, scratch.best,
-                lowest);
-    const double scanned = now();
-
-    int64_t filled = 0;
-    if (request.k) {
-      const size_t found = index.dtype == kFloat32   ? rerank<float>(index, request.vectors + q * index.dim, scratch)
-                           : index.dtype == kFloat16 ? rerank<uint16_t>(index, request.vectors + q * index.dim, scratch)
-                                                     : rerank<int8_t>(index, request.vectors + q * index.dim, scratch);
-      filled = std::min<int64_t>(request.k, static_cast<int64_t>(found));
-      Scored* hits = scratch.hits.data;
-      std::partial_sort(hits, hits + filled, hits + found, Less{});
-      for (int64_t i = 0; i < filled; i++) {
-        positions[i] = hits[i].number;
-        distances[i] = hits[i].score;
-      }
-    } else {
-      const Best& best = scratch.best;
-      std::sort(best.buffer.data, best.buffer.data + best.count, Less{});
-      filled = static_cast<int64_t>(best.count);
-      for (int64_t i = 0; i < filled; i++) {
-        const uint64_t value = best.buffer.data[i].value;
-        positions[i] = static_cast<int64_t>(value & 0xFFFFFFFF);
-        distances[i] = lowest + tables.low + index.scalar_low + tables.unit * static_cast<float>(value >> 32);
-      }
-    }
-    for (int64_t i = filled; i < width; i++) {
-      positions[i] = -1;
-      distances[i] = INFINITY;
-    }
-    seconds[0] += routed - started;
-    seconds[1] += scanned - routed;
-    seconds[2] += now() - scanned;
-  }
+  while (first < last) first += search_together(index, request, first, last, scratch, seconds);
 }
 
 // -- encoding ---------------------------------------------------------------------------------------------------------
 
-// The nearest of 16 words (width, 16).
+// The nearest of 16 words (width, 16), the first of them if there are several. Compared side by side: one after the
+// other would take five times as long as the distances do.
+#if SEMID_ISA == 2
+inline int32_t nearest_word(const float* point, const float* words, int32_t width) {
+  __m512 distances = _mm512_setzero_ps();
+  for (int32_t w = 0; w < width; w++) {
+    const __m512 away = _mm512_sub_ps(_mm512_set1_ps(point[w]), _mm512_loadu_ps(words + w * 16));
+    distances = _mm512_fmadd_ps(away, away, distances);
+  }
+  const __m512 least = _mm512_set1_ps(_mm512_reduce_min_ps(distances));
+  const uint32_t nearest = _mm512_cmp_ps_mask(distances, least, _CMP_EQ_OQ);
+  return nearest ? __builtin_ctz(nearest) : 0;  // none is least if one is not a number
+}
+#elif SEMID_ISA == 1
+inline int32_t nearest_word(const float* point, const float* words, int32_t width) {
+  __m256 low = _mm256_setzero_ps(), high = _mm256_setzero_ps();
+  for (int32_t w = 0; w < width; w++) {
+    const __m256 x = _mm256_set1_ps(point[w]);
+    const __m256 a = _mm256_sub_ps(x, _mm256_loadu_ps(words + w * 16));
+    const __m256 b = _mm256_sub_ps(x, _mm256_loadu_ps(words + w * 16 + 8));
+    low = _mm256_fmadd_ps(a, a, low);
+    high = _mm256_fmadd_ps(b, b, high);
+  }
+  __m256 least = _mm256_min_ps(low, high);
+  least = _mm256_min_ps(least, _mm256_permute2f128_ps(least, least, 1));
+  least = _mm256_min_ps(least, _mm256_permute_ps(least, 0x4E));
+  least = _mm256_min_ps(least, _mm256_permute_ps(least, 0xB1));
+  const int below = _mm256_movemask_ps(_mm256_cmp_ps(low, least, _CMP_EQ_OQ));
+  const int above = _mm256_movemask_ps(_mm256_cmp_ps(high, least, _CMP_EQ_OQ));
+  const uint32_t nearest = static_cast<uint32_t>(below | above << 8);
+  return nearest ? __builtin_ctz(nearest) : 0;  // none is least if one is not a number
+}
+#else
 inline int32_t nearest_word(const float* point, const float* words, int32_t width) {
   float distances[16] = {0};
   for (int32_t w = 0; w < width; w++) {
@@ -754,6 +997,7 @@ inline int32_t nearest_word(const float* point, const float* words, int32_t widt
   for (int32_t c = 1; c < 16; c++) nearest = distances[c] < distances[nearest] ? c : nearest;
   return nearest;
 }
+#endif
 
 void train(const Training& from, int64_t first, int64_t last) {
   const int32_t width = from.width;

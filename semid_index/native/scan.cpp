@@ -1,5 +1,6 @@
 // The C interface: make an index, search it, free it. Which kernel runs is decided by the processor.
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdlib>
@@ -21,7 +22,7 @@ namespace {
 using namespace semid;
 
 constexpr int64_t kHugePage = 2 << 20;
-constexpr int64_t kTile = 32;  // queries that a thread takes at a time
+constexpr int64_t kTile = 512, kLeastTile = 16;  // queries that a thread takes at a time
 
 int32_t best_isa() {
 #ifdef SEMID_X86
@@ -66,10 +67,11 @@ void in_tiles(int64_t count, int64_t tile, size_t threads, Work work) {
 struct Owner {
   Index index;
   std::vector<Run> runs;
-  std::vector<int32_t> sizes, leaf_runs, second_columns;
+  std::vector<int32_t> sizes, leaf_runs, second_columns, group_further;
   std::vector<Term> groups, further;
   std::vector<uint16_t> second_words;
-  std::vector<float> leaf_constants;
+  std::vector<float> leaf_constants, group_lows;
+  std::vector<int32_t> group_sizes, group_leaves;
   ~Owner() { std::free(index.blocks); }
 };
 
@@ -87,7 +89,7 @@ struct semid_parts {
   const float* leaf_constants;    // (leaves)                           (read once)
   const int32_t* leaf_terms;      // (terms, leaves), terms >= 1; zero_column where there is none     (read once)
   const int32_t* first_codes;     // (items) column of each first codeword, or null      (read once)
-  const float* first_constants;   // (columns) what items share by their first codeword, or null      (read once)
+  const float* first_constants;   // (columns) what items share by their first codeword, or null
   const uint8_t* head_codes;      // (items, heads)                     (read once)
   const int32_t* head_columns;    // (heads)
   const int32_t* head_sizes;      // (heads)
@@ -124,11 +126,26 @@ static void take_terms(Owner& owner, const semid_parts& from) {
   } else {
     owner.second_columns.push_back(from.zero_column);
   }
-  for (int32_t term = 2; term < from.terms; term++)
-    for (int32_t leaf = 0; leaf < n; leaf++)
-      if (column(term, leaf) != from.zero_column) owner.further.push_back({leaf, column(term, leaf)});
+  index.further_terms = from.terms > 2 ? from.terms - 2 : 0;
+  for (int32_t g = 0; g < index.group_count; g++) {
+    const int32_t start = owner.groups[static_cast<size_t>(g)].start, end = owner.groups[static_cast<size_t>(g) + 1].start;
+    owner.group_further.push_back(static_cast<int32_t>(owner.further.size()));
+    owner.group_lows.push_back(from.leaf_constants[start]);
+    owner.group_sizes.push_back(static_cast<int32_t>(from.starts[end] - from.starts[start]));
+    owner.group_leaves.push_back(end - start);
+    for (int32_t leaf = start; leaf < end; leaf++) {
+      if (from.leaf_constants[leaf] < owner.group_lows.back()) owner.group_lows.back() = from.leaf_constants[leaf];
+      for (int32_t term = 2; term < from.terms; term++)
+        if (column(term, leaf) != from.zero_column) owner.further.push_back({leaf, column(term, leaf)});
+    }
+  }
+  owner.group_further.push_back(static_cast<int32_t>(owner.further.size()));
 
   index.leaf_constants = owner.leaf_constants.data();
+  index.group_lows = owner.group_lows.data();
+  index.group_sizes = owner.group_sizes.data();
+  index.group_leaves = owner.group_leaves.data();
+  index.group_further = owner.group_further.data();
   index.groups = owner.groups.data();
   index.second_words = owner.second_words.data();
   index.second_columns = owner.second_columns.data();
@@ -137,7 +154,7 @@ static void take_terms(Owner& owner, const semid_parts& from) {
   index.further_count = static_cast<int32_t>(owner.further.size());
 }
 
-SEMID_API int32_t semid_abi() { return 1; }
+SEMID_API int32_t semid_abi() { return 2; }
 
 // 0 plain, 1 AVX2, 2 AVX-512
 SEMID_API int32_t semid_best_isa() { return best_isa(); }
@@ -172,20 +189,25 @@ SEMID_API void* semid_new(const semid_parts* from) try {
   index.vectors = from->vectors;
   index.scale = from->scale;
 
+  index.first_constants = from->first_constants;
   const int64_t stride = index.block_stride();
-  int64_t offset = 0;
+  uint32_t slot = 0;
+  int32_t word = -1;
   for (int32_t leaf = 0; leaf < index.leaves; leaf++) {
     owner->leaf_runs.push_back(static_cast<int32_t>(owner->runs.size()));
     owner->sizes.push_back(static_cast<int32_t>(from->starts[leaf + 1] - from->starts[leaf]));
     for (int64_t p = from->starts[leaf]; p < from->starts[leaf + 1];) {
-      const int32_t word = from->first_codes ? from->first_codes[p] : -1;
+      const int32_t next = from->first_codes ? from->first_codes[p] : -1;
+      if (next != word) slot = (slot + kBlock - 1) / kBlock * kBlock;
+      word = next;
       int64_t end = p + 1;
       while (end < from->starts[leaf + 1] && (word < 0 || from->first_codes[end] == word)) end++;
-      owner->runs.push_back({p, offset, static_cast<int32_t>(end - p), word, word < 0 ? 0 : from->first_constants[word]});
-      offset += (end - p + kBlock - 1) / kBlock * stride;
+      owner->runs.push_back({static_cast<uint32_t>(p), slot, static_cast<int32_t>(end - p), word});
+      slot += static_cast<uint32_t>(end - p);
       p = end;
     }
   }
+  const int64_t offset = (static_cast<int64_t>(slot) + kBlock - 1) / kBlock * stride;
   owner->leaf_runs.push_back(static_cast<int32_t>(owner->runs.size()));
   index.runs = owner->runs.data();
   index.run_count = static_cast<int64_t>(owner->runs.size());
@@ -218,15 +240,16 @@ SEMID_API void* semid_new(const semid_parts* from) try {
   const float inverse = high > low ? 65535 / (high - low) : 0;
   for (const Run& run : owner->runs) {
     for (int32_t i = 0; i < run.items; i++) {
-      uint8_t* block = index.blocks + run.offset + i / kBlock * stride;
-      const int32_t lane = i % kBlock;
-      const int64_t item = run.position + i;
+      const int64_t place_of = static_cast<int64_t>(run.slot) + i;
+      uint8_t* block = index.blocks + place_of / kBlock * stride;
+      const int64_t lane = place_of % kBlock;
+      const int64_t item = static_cast<int64_t>(run.position) + i;
       for (int32_t r = 0; r < tail_bytes; r++) block[r * kBlock + lane] = from->tail_codes[item * tail_bytes + r];
       for (int32_t h = 0; h < index.heads; h++)
         block[(index.rows + h) * kBlock + lane] = from->head_codes[item * index.heads + h];
       const uint16_t scalar =
           from->scalars ? static_cast<uint16_t>((from->scalars[item] - low) * inverse + 0.5f) : uint16_t{0};
-      const int32_t place = (lane & 1) * 16 + lane / 2;
+      const int64_t place = (lane & 1) * kHalf + lane / 2;
       std::memcpy(block + (index.rows + index.heads) * kBlock + 2 * place, &scalar, 2);
     }
   }
@@ -241,7 +264,9 @@ SEMID_API int32_t semid_search(const void* handle, const Request* request) try {
   const Kernel& chosen = kernel(request->isa);
   const size_t threads = static_cast<size_t>(request->threads > 0 ? request->threads : 1);
   std::vector<std::array<double, 3>> seconds(threads);
-  in_tiles(request->queries, kTile, threads, [&](size_t thread, int64_t first, int64_t last) {
+  const int64_t share = request->queries / (2 * static_cast<int64_t>(threads)) + 1;
+  const int64_t tile = threads == 1 || share > kTile ? kTile : share < kLeastTile ? kLeastTile : share;
+  in_tiles(request->queries, tile, threads, [&](size_t thread, int64_t first, int64_t last) {
     chosen.search(index, *request, first, last, seconds[thread].data());
   });
   for (const auto& part : seconds)
@@ -249,6 +274,34 @@ SEMID_API int32_t semid_search(const void* handle, const Request* request) try {
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;
+}
+
+// The words of some items: (count, heads + 1) columns of the products; no first one if the scan reads no first codes.
+SEMID_API void semid_columns(const void* handle, const int64_t* positions, int64_t count, int32_t* columns) {
+  const Owner& owner = *static_cast<const Owner*>(handle);
+  const Index& index = owner.index;
+  const int64_t stride = index.block_stride();
+  for (int64_t i = 0; i < count; i++) {
+    const auto after = std::upper_bound(owner.runs.begin(), owner.runs.end(), positions[i],
+                                        [](int64_t position, const Run& run) { return position < run.position; });
+    const Run& run = *(after - 1);
+    const int64_t slot = positions[i] - run.position + run.slot;
+    const uint8_t* codes = index.blocks + slot / kBlock * stride + index.rows * kBlock + slot % kBlock;
+    if (run.word >= 0) *columns++ = run.word;
+    for (int32_t h = 0; h < index.heads; h++) *columns++ = index.head_columns[h] + codes[h * kBlock];
+  }
+}
+
+// (count, dim) the sum of the words (any, dim) in the columns (count, levels) of each item.
+SEMID_API void semid_sum_words(const float* words, int32_t dim, const int32_t* columns, int64_t count, int32_t levels,
+                               float* sums) {
+  for (int64_t i = 0; i < count; i++, sums += dim) {
+    std::memset(sums, 0, sizeof(float) * static_cast<size_t>(dim));
+    for (int32_t level = 0; level < levels; level++) {
+      const float* word = words + static_cast<int64_t>(*columns++) * dim;
+      for (int32_t d = 0; d < dim; d++) sums[d] += word[d];
+    }
+  }
 }
 
 SEMID_API int32_t semid_encode(const Encoding* encoding, int32_t threads, int32_t isa) try {

@@ -6,18 +6,18 @@
 
 namespace semid {
 
-constexpr int kBlock = 32;  // items per block: one register of bytes in AVX2, half a one in AVX-512
+constexpr int kBlock = 64, kHalf = kBlock / 2;  // items per block: one register of bytes in AVX-512
 
 enum Metric : int32_t { kL2 = 0, kCosine = 1, kInnerProduct = 2 };
 enum Dtype : int32_t { kNone = 0, kFloat32 = 1, kFloat16 = 2, kInt8 = 3 };
 
-// Consecutive items of one leaf whose first code is the same: their query-dependent sums share one constant.
+// Consecutive items of one leaf whose first code is the same: their query-dependent sums share one constant. Blocks
+// begin anew where the first code changes, and not where a leaf does, so that leaves side by side are scanned as one.
 struct Run {
-  int64_t position;  // of its first item
-  int64_t offset;    // of its first block, in bytes
+  uint32_t position;  // of its first item
+  uint32_t slot;      // kBlock * block + place in it, of that item
   int32_t items;
-  int32_t word;   // column of the products that holds its first codeword; -1 for none
-  float constant;  // what its items share, of the part of the distance that no query changes
+  int32_t word;  // column of the products that holds its first codeword; -1 for none
 };
 
 struct Term {  // from this leaf on, or of this leaf, this column of the products
@@ -33,16 +33,21 @@ struct Index {
   float* leaf_constants = nullptr;  // (leaves, padded)
   Term* groups = nullptr;           // where the leaves of a group start; one more at the end
   int32_t group_count = 0;
+  float* group_lows = nullptr;      // (group_count) the least constant of a group's leaves
+  int32_t* group_sizes = nullptr;   // (group_count) items
+  int32_t* group_leaves = nullptr;  // (group_count) leaves
   uint16_t* second_words = nullptr;    // (leaves, padded) numbers of second_columns
   int32_t* second_columns = nullptr;   // (second_count)
   int32_t second_count = 0;
-  Term* further = nullptr;
-  int32_t further_count = 0;
+  Term* further = nullptr;             // (further_count) in the order of the leaves
+  int32_t* group_further = nullptr;    // (group_count + 1) where those of each group start
+  int32_t further_count = 0, further_terms = 0;  // at most so many for one leaf
   int32_t* leaf_sizes = nullptr;          // (leaves)
   int32_t* leaf_runs = nullptr;           // (leaves + 1) runs of each leaf
 
   Run* runs = nullptr;
   int64_t run_count = 0;
+  const float* first_constants = nullptr;  // (columns) what items with a first word share of what no query changes
 
   // Blocks of kBlock items: rows of nibbles, rows of codes, scalars of 16 bits (those of even items first)
   uint8_t* blocks = nullptr;
