@@ -12,6 +12,7 @@ A page includes a file between two comments; its content is kept as a code block
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
 import re
 import sys
@@ -138,7 +139,10 @@ def with_includes(page: str) -> str:
 def benchmarks_page(template: str) -> str:
     """The page with what the results in benchmarks/results say, in its place ``<!-- results -->``."""
     place = re.compile(r"(<!-- results -->\n).*?(<!-- end of results -->)", re.DOTALL)
-    text = bench_results(ROOT / "benchmarks" / "results", "benchmarks")
+    results = ROOT / "benchmarks" / "results"
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    text = importlib.import_module("benchmarks.targets").section(results) + bench_results(results, "benchmarks")
     page, found = place.subn(lambda match: f"{match[1]}\n{text}\n{match[2]}", template)
     if found != 1:
         raise SystemExit(f"benchmarks.md needs one place '<!-- results -->', it has {found}.")

@@ -841,6 +841,10 @@ def bench(
     rows: Annotated[int | None, typer.Option(help="Only the first rows.", show_default=False)] = None,
     queries: Annotated[int, typer.Option(help="Queries; held out, where the file has none.")] = 2_000,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew; else what is done is not done again.")] = False,
+    builds: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Keep built indexes here, and take those that are.", show_default=False),
+    ] = None,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots; needs matplotlib.")] = True,
     strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 if a subject failed.")] = False,
     format: OutputFormat = None,
@@ -876,7 +880,7 @@ def bench(
         records = list(ruling_rows(rulings))
     else:
         options: dict[str, Any] = {"subjects": subjects, "k": k, "threads": threads, "effort": effort, "rounds": rounds}
-        results = run_subjects(loaded, output, **options, fresh=fresh, say=say)
+        results = run_subjects(loaded, output, **options, fresh=fresh, builds=builds, say=say)
         records, failed = list(summary_rows(results)), bool(results.failed)
     if plots:
         for path in write_pages(output):

@@ -8,8 +8,10 @@ import os
 import platform
 import re
 import sys
+import time
 import types
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,10 +20,19 @@ import pytest
 from typer.testing import CliRunner
 
 from semid_index.bench import harness as harness_module
+from semid_index.bench.builds import Builds
 from semid_index.bench.command import chosen_subjects, parse_budgets, run_referee
 from semid_index.bench.compare import all_best, compared
-from semid_index.bench.data import Data, generated, load_data, make_data, true_neighbours
-from semid_index.bench.harness import LIMITS, Bench, cheapest, thread_counts, worth_racing
+from semid_index.bench.data import (
+    Data,
+    generated,
+    load_data,
+    make_data,
+    read_in_worker,
+    true_neighbours,
+    write_for_workers,
+)
+from semid_index.bench.harness import LIMITS, Bench, between, cheapest, thread_counts, worth_racing
 from semid_index.bench.machine import machine, private_bytes
 from semid_index.bench.measures import (
     Spread,
@@ -126,6 +137,20 @@ def point(subject="a", recall=0.9, seconds=1.0, **search) -> Point:
     return Point(subject, {}, search, 1, recall, 100, seconds)
 
 
+def test_between_two_ways_of_the_grid():
+    def tried(effort, recall_, rerank=40, cost=None):
+        return Point("x", {}, {"probes": effort, "rerank": rerank}, 1, recall_, 10, cost or effort)
+
+    points = [tried(64, 0.93), tried(96, 0.96), tried(128, 0.98), tried(80, 0.9, rerank=20)]
+    assert between(points, 0.95) == {"probes": 80, "rerank": 40}
+    assert between([*points, tried(80, 0.949)], 0.95) == {"probes": 88, "rerank": 40}
+    assert between([*points, tried(80, 0.951)], 0.95) == {"probes": 72, "rerank": 40}
+    assert between([*points, tried(92, 0.949)], 0.95) is None  # 4 of 96
+    assert between(points, 0.99) is None  # none reaches it
+    assert between(points, 0.5) is None  # all do
+    assert between([Point("x", {}, {}, 1, 1.0, 10, 1.0)], 0.95) is None  # a way without parameters
+
+
 def test_what_races():
     points = [
         point(recall=r, seconds=s, ef=i) for i, (r, s) in enumerate([(0.8, 1), (0.92, 2), (0.91, 2.1), (0.97, 4)])
@@ -162,6 +187,25 @@ def test_truth_is_brute_force_and_kept(metric, tmp_path, monkeypatch):
     np.testing.assert_array_equal(kept.distances, truth.distances)
     with pytest.raises(pytest.fail.Exception):
         true_neighbours(small(rows=299, metric=metric), tmp_path)  # other data is not taken for the same
+
+
+def test_truth_of_many_rows_is_found_in_parts(tmp_path, monkeypatch):
+    data = make_data("ties", "l2", np.repeat(small().base, 2, axis=0), small().queries)
+    rows, truth = true_neighbours(data, tmp_path)
+    monkeypatch.setattr("semid_index.bench.data._EXACT_ROWS", 130)
+    (tmp_path / "parts").mkdir()
+    parts, limits = true_neighbours(data, tmp_path / "parts")
+    np.testing.assert_array_equal(parts, rows)
+    np.testing.assert_array_equal(limits.distances, truth.distances)
+
+
+def test_generated_data_can_stay_in_a_file(tmp_path):
+    held, mapped = generated(3_000, 16, queries=10), generated(3_000, 16, queries=10, folder=tmp_path)
+    np.testing.assert_array_equal(held.base, mapped.base)
+    assert held.fingerprint == mapped.fingerprint
+    write_for_workers(mapped, tmp_path)
+    assert (tmp_path / "base.npy").resolve() == mapped.file
+    np.testing.assert_array_equal(read_in_worker(tmp_path).base, held.base)
 
 
 def test_generated_data_has_structure_and_grows_by_appending():
@@ -343,9 +387,9 @@ class Third(Exact):
 
 
 def test_rounds_are_interleaved(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness_module, "_ENOUGH", 2.0)  # so that both efforts are tried though the first finds all
     monkeypatch.setattr(harness_module, "worth_racing", lambda points, _most: list(points))
     bench = bench_of(tmp_path, Exact, Other, Third, rounds=6, modes=("batch",))
+    bench.limits = replace(bench.limits, enough=2.0)  # so that both efforts are tried though the first finds all
     ran: list[tuple[str, int]] = []
     turn = LocalWorker.batch
     monkeypatch.setattr(
@@ -386,6 +430,48 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
     more.clean()
     bench_of(tmp_path, Exact, Other, rounds=3).run()
     assert sorted(e for e in Exact.log if e.startswith("build")) == ["build exact", "build other"]  # for their files
+
+
+def test_builds_are_kept_for_other_runs(tmp_path):
+    builds = tmp_path / "builds"
+    first = bench_of(tmp_path / "one", Exact, rounds=1, builds=builds).run()
+    assert [built.earlier for built in first.built] == [False]
+    second = bench_of(tmp_path / "two", Exact, rounds=1, builds=builds)
+    results = second.run()
+    assert not any(entry.startswith("build") for entry in Exact.log)
+    assert [replace(built, earlier=False) for built in results.built] == first.built
+    assert results.built[0].earlier
+    second.clean()
+    [kept] = (path for path in builds.rglob("*") if path.is_dir() and path.name.startswith("exact-"))
+    assert kept.with_suffix(".json").exists()
+    kept.with_suffix(".json").unlink()  # as if building had been stopped
+    assert not bench_of(tmp_path / "three", Exact, rounds=1, builds=builds).run().built[0].earlier
+
+
+def test_a_build_belongs_to_data_parameters_and_versions(tmp_path, monkeypatch):
+    builds = Builds.of_data(tmp_path, "made", "abc")
+    index = builds.index("exact", {"way": 1}, ["numpy"])
+    assert index.parent == tmp_path / "made-abc"
+    assert index == builds.index("exact", {"way": 1}, ["numpy"])
+    monkeypatch.setattr("semid_index.bench.builds.versions", lambda _: {"numpy": "another"})
+    assert len({index, builds.index("exact", {"way": 1}, []), builds.index("exact", {"way": 2}, [])}) == 3
+
+
+def test_nothing_is_begun_after_the_time_is_up(tmp_path):
+    late = bench_of(tmp_path, Exact, rounds=2, until=time.monotonic() - 1).run()
+    assert (late.built, late.points, late.races, Exact.log) == ([], [], [], [])
+    results = bench_of(tmp_path, Exact, rounds=2).run()
+    before = results.races[0].rounds
+    again = bench_of(tmp_path, Exact, Other, rounds=2, until=time.monotonic() - 1).run()
+    assert again.races[0].rounds == before  # a race that never began takes nobody's place
+
+
+def test_with_more_threads_only_what_raced_is_searched(tmp_path, monkeypatch):
+    bench = bench_of(tmp_path, Exact, rounds=1, threads=(1, 2), modes=("batch",))
+    bench.limits = replace(bench.limits, enough=2.0)
+    monkeypatch.setattr(harness_module, "worth_racing", lambda points, _most: points[-1:])
+    results = bench.run()
+    assert [(p.search["effort"], p.threads) for p in results.points] == [(1, 1), (2, 1), (2, 2)]
 
 
 def test_results_of_something_else_are_not_continued(tmp_path):
@@ -667,9 +753,13 @@ def test_publishing_keeps_what_raced(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
     from benchmarks import published
 
-    planned = published.steps(tmp_path, tmp_path, quick=True)
-    assert list(planned)[:5] == ["beauty", "mnist784", "debian", "sift128", "bytes-debian"]
-    assert set(planned) < set(published.steps(tmp_path, tmp_path, quick=False))
+    plan = published.Plan(tmp_path, tmp_path)
+    planned = [step.name for step in plan.steps(quick=True)]
+    assert planned[:5] == ["beauty", "mnist784", "debian", "sift128", "bytes-debian"]
+    assert set(planned) < {step.name for step in plan.steps(quick=False)}
+    results = race_of(("exact", 1.0, 300, [2.0]))
+    results.races = []  # what was only prepared is not published
+    results.save(tmp_path / "prepared.json")
     results = race_of(("semid-int8", 0.97, 300, [2.0, 2.0]), ("hnswlib", 0.99, 1000, [1.0, 1.1]))
     results.points = [*results.points, point("scann", 0.5)]
     results.save(tmp_path / "made.json")
@@ -685,6 +775,67 @@ def test_publishing_keeps_what_raced(tmp_path, monkeypatch):
     text = body(tmp_path / "results", "plots")
     assert all((tmp_path / path).exists() for path in re.findall(r"!\[[^]]*]\(([^)]+)\)", text))
     assert text.count("![") == 3
+
+
+def test_an_hour_begins_nothing_late(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
+    from benchmarks import published
+
+    hour = published.Plan(tmp_path, tmp_path).hour()
+    assert [step.name for step in hour[:3]] == ["sift128", "debian", "mnist784"]
+    ran: list[str] = []
+    now = time.monotonic()
+    steps = [
+        published.Step("first", lambda until: ran.append(f"first {until - now:.0f}"), 3.0),
+        published.Step("too long to be whole", lambda _until: ran.append("whole"), 3.0, whole=True),
+        published.Step("can stop half-way", lambda _until: ran.append("half"), 3.0),
+    ]
+    published.run(steps, now + 120)
+    assert ran == ["first 120", "half"]
+    published.run(steps, now - 1)
+    assert ran == ["first 120", "half"]
+
+
+def test_targets_are_told_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
+    from benchmarks import targets
+
+    results = race_of(
+        ("semid-float32", 0.96, 900, [1.0, 1.0, 1.0]),
+        ("semid-int8", 0.96, 300, [2.0, 2.0, 2.0]),
+        ("faiss-ivf-pq", 0.95, 500, [2.8, 3.2, 3.4]),
+        ("hnswlib", 0.99, 1000, [3.0, 3.5, 3.9]),
+    )
+    results.data["name"] = "sift128"
+    results.opened[1] = replace(results.opened[1], measured=600)
+    results.save(tmp_path / "sift128.json")
+    (tmp_path / "scripts").mkdir()
+    codes = [
+        {"codes": "rq 16 x 256", "recall": 0.9, "bytes of 100": 30.0},
+        {"codes": "rq 10 x 256", "recall": 0.6, "bytes of 100": 20.0},
+        {"codes": "faiss OPQ16", "recall": 0.5, "bytes of 100": 25.0},
+    ]
+    found = [{"set": "sift128", "tier": "none", "items": 100, "codes": codes}]
+    (tmp_path / "scripts" / "tiers.json").write_text(json.dumps(found))
+    half = {"total": {"s": 30.0}, "times FAISS's": {"s": 1.75}}
+    found = {"rows": 943_363, "2 threads": {"build float16": half, "open float16": {"total": {"s": 0.5}}}}
+    (tmp_path / "scripts" / "opening.json").write_text(json.dumps(found))
+    found = {"ours, tuned": {"p50": 90.0}, "FAISS, tuned": {"p50": 100.0}, "batch": {"ratio": 1.9}}
+    (tmp_path / "scripts" / "latency.json").write_text(json.dumps({"debian": found, "sample": found}))
+    text = targets.section(tmp_path)
+    assert "of FAISS's time, float16, 2 threads | <= 1.5 x | 1.75 x (30 s) | **missed** |" in text
+    assert "open and search once, float16, 2 threads | <= 2 s | 0.50 s | met |" in text
+    assert "<= 1 x | 0.90 x (90 us, 100 us; in one process) | met |" in text
+    assert ">= 1.8 x | 1.90 x (best rounds; in one process) | met |" in text
+    faiss = "recall 0.95: of faiss-ivf-pq's queries/s | >= 1.5 x | 1.60 x (1.40-1.70; semid-int8)"
+    assert f"{faiss} | met, not in every round |" in text
+    assert "of hnswlib's queries/s | >= 4 x | 3.50 x (3.00-3.90; semid-float32) | **missed** |" in text
+    assert "of scann's queries/s | >= 2.5 x | - | not measured |" in text
+    assert "of what `stats()` counts | <= 1.3 x | 2.00 x | **missed** |" in text
+    assert ">= 1 x | 1.20 x (0.600 with rq 10 x 256, 0.500; 25.0 bytes) | met |" in text
+    assert targets.section(tmp_path / "scripts" / "..") == text
+    (tmp_path / "empty").mkdir()
+    assert targets.section(tmp_path / "empty") == ""
 
 
 def test_growth_is_told(tmp_path):

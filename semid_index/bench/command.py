@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from semid_index.bench.harness import LIMITS, Bench, thread_counts
 from semid_index.bench.machine import machine, versions
 from semid_index.bench.page import RULINGS, body, growth_plot, read_folder
 from semid_index.bench.plots import draw_all, draw_bytes
-from semid_index.bench.referee import KINDS, Rulings, judge
-from semid_index.bench.results import Results
+from semid_index.bench.referee import KINDS, Judged, Rulings, judge
+from semid_index.bench.results import Mode, Results
 from semid_index.bench.subject import Effort, Subject
 from semid_index.errors import InvalidArgumentError, UnknownNameError
 from semid_index.plugins import installed
@@ -45,9 +46,18 @@ def run_subjects(
     rounds: int | None = None,
     fresh: bool = False,
     keep: bool = False,
+    builds: Path | None = None,
+    ways: Mapping[str, int] | None = None,
+    until: float = math.inf,
+    modes: Sequence[Mode] = ("batch", "single"),
     say: Say,
 ) -> Results:
-    """Race subjects over some data; results go to ``<folder>/<data>.json``."""
+    """Race subjects over some data; results go to ``<folder>/<data>.json``.
+
+    ``builds``: a folder of builds that other runs use too; ``ways``: how many builds of a subject, where not as many as
+    the effort says; ``until``: the value of ``time.monotonic()`` after which nothing new is begun; ``modes``: the
+    races, if any; without, subjects are only built, opened and searched once in each way.
+    """
     if not 1 <= k <= min(100, len(data.base)):
         raise InvalidArgumentError(f"k must be 1 to 100, and at most the number of rows, not {k}.")
     limits = LIMITS[effort]
@@ -62,7 +72,11 @@ def run_subjects(
         k=k,
         threads=thread_counts(threads),
         limits=limits,
+        modes=modes,
         fresh=fresh,
+        ways=ways or {},
+        builds=builds,
+        until=until,
         say=say,
     )
     results = bench.run()
@@ -86,11 +100,14 @@ def run_referee(
         raise InvalidArgumentError(f"{path} is about other data. Choose another folder, or begin anew with --fresh.")
     _, truth = true_neighbours(data, work)
     say(f"{data.name}: codes alone, in {', '.join(map(str, budgets))} bytes")
-    judged, left_out = judge(
-        data, truth, budgets, kinds=wanted, done=before.judged if before is not None else (), say=say
-    )
-    rulings = Rulings(data.description, machine(), versions(["faiss-cpu"]), judged, left_out)
-    rulings.save(path)
+    rulings = Rulings(data.description, machine(), versions(["faiss-cpu"]), [], {})
+
+    def keep(judged: list[Judged], left_out: dict[str, str]) -> None:
+        rulings.judged, rulings.left_out = judged, left_out
+        rulings.save(path)
+
+    done = before.judged if before is not None else ()
+    keep(*judge(data, truth, budgets, kinds=wanted, done=done, keep=keep, say=say))
     return rulings
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -27,6 +28,7 @@ _GENERATED = re.compile(r"generated-(\d+)x(\d+)")
 _BRANCHES = (64, 32, 32)  # of the tree that generated vectors come from
 _LOCAL_DIMS = 12  # in which they differ from others of the same twig
 _GENERATED_BATCH = 65_536
+_EXACT_ROWS = 1 << 18  # compared at once when true neighbours are looked for
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Data:
     """(n, dim)"""
     queries: Vectors
     """(q, dim)"""
+    file: Path | None = None
+    """A .npy file that ``base`` is mapped from, if it is."""
 
     @property
     def shape(self) -> Shape:
@@ -76,7 +80,7 @@ def make_data(name: str, metric: str, base: Vectors, queries: Vectors) -> Data:
     arrays = [np.ascontiguousarray(array, dtype=np.float32) for array in (base, queries)]
     if metric == "cosine":
         arrays = [normalized(array) for array in arrays]
-    return Data(name, metric, *arrays)
+    return Data(name, metric, arrays[0], arrays[1])
 
 
 def load_data(source: str, *, metric: str | None, queries: int = _HELD_OUT, column: str | None = None) -> Data:
@@ -111,11 +115,13 @@ def held_out(name: str, metric: str, vectors: Vectors, queries: int) -> Data:
     return make_data(name, metric, vectors[order[queries:]], vectors[order[:queries]])
 
 
-def generated(rows: int, dim: int, *, queries: int = _HELD_OUT, metric: str = "l2", seed: int = 0) -> Data:
+def generated(
+    rows: int, dim: int, *, queries: int = _HELD_OUT, metric: str = "l2", seed: int = 0, folder: Path | None = None
+) -> Data:
     """Vectors from a tree of clusters, which have sizes by Zipf's law, and few dimensions of their own inside a twig.
 
     So there is something to find at every scale, as in real embeddings, and not in plain Gaussian noise. The first rows
-    of a larger set are those of a smaller one.
+    of a larger set are those of a smaller one. With a folder, they are written there and mapped, and take no memory.
     """
     if rows < 1 or dim < 2:
         raise InvalidArgumentError(f"Generated data needs at least 1 row of 2 dimensions, not {rows} x {dim}.")
@@ -138,11 +144,26 @@ def generated(rows: int, dim: int, *, queries: int = _HELD_OUT, metric: str = "l
             vectors[mine] += local[mine] @ axes[place]
         return vectors
 
-    starts = range(0, rows, _GENERATED_BATCH)
-    base = np.empty((rows, dim), dtype=np.float32)
-    for number, start in enumerate(starts, 1):
-        base[start : start + _GENERATED_BATCH] = batch(number, _GENERATED_BATCH)[: rows - start]
-    return make_data(f"generated-{rows}x{dim}", metric, base, batch(0, queries))
+    name = f"generated-{rows}x{dim}"
+    if folder is None:
+        base = np.empty((rows, dim), dtype=np.float32)
+        _fill(base, batch)
+        return make_data(name, metric, base, batch(0, queries))
+    path = folder / f"{name}-{seed}.npy"
+    if not path.exists():
+        part = path.with_suffix(".part.npy")
+        mapped = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=(rows, dim))
+        _fill(mapped, batch)
+        mapped.flush()
+        part.replace(path)
+    made = make_data(name, metric, np.load(path, mmap_mode="r", allow_pickle=False), batch(0, queries))
+    return replace(made, file=path if metric != "cosine" else None)  # under cosine they were copied, to length 1
+
+
+def _fill(base: Vectors, batch: Callable[[int, int], Vectors]) -> None:
+    """Batch 0 is the queries'."""
+    for number, start in enumerate(range(0, len(base), _GENERATED_BATCH), 1):
+        base[start : start + _GENERATED_BATCH] = batch(number, _GENERATED_BATCH)[: len(base) - start]
 
 
 def _ann_benchmarks(path: Path, metric: str | None, queries: int) -> Data | None:
@@ -171,7 +192,7 @@ def true_neighbours(data: Data, cache: Path) -> tuple[NDArray[np.int64], Truth]:
     if path.exists():
         with np.load(path, allow_pickle=False) as kept:
             return kept["rows"], Truth(kept["distances"])
-    rows, _ = exact_search(data.queries, data.base, MOST_NEIGHBOURS, data.metric)
+    rows = _nearest(data)
     distances = distances_of(rows, data.queries, data.base, data.metric)  # the same way as those of what is found
     order = np.argsort(distances, axis=1, kind="stable")
     rows, distances = np.take_along_axis(rows, order, axis=1), np.take_along_axis(distances, order, axis=1)
@@ -181,14 +202,31 @@ def true_neighbours(data: Data, cache: Path) -> tuple[NDArray[np.int64], Truth]:
     return rows, Truth(distances)
 
 
+def _nearest(data: Data) -> NDArray[np.int64]:
+    """By brute force, part by part of the base, so that millions of rows need no memory of their own."""
+    rows = np.empty((len(data.queries), 0), dtype=np.int64)
+    distances = np.empty(rows.shape, dtype=np.float32)
+    for start in range(0, len(data.base), _EXACT_ROWS):
+        part = np.asarray(data.base[start : start + _EXACT_ROWS])
+        found, far = exact_search(data.queries, part, MOST_NEIGHBOURS, data.metric)
+        rows, distances = np.hstack([rows, found + start]), np.hstack([distances, far])
+        nearest = np.argsort(distances, axis=1, kind="stable")[:, :MOST_NEIGHBOURS]  # of ties the earlier row
+        rows, distances = np.take_along_axis(rows, nearest, axis=1), np.take_along_axis(distances, nearest, axis=1)
+    return rows
+
+
 def write_for_workers(data: Data, folder: Path) -> None:
     """The data as files that other processes map into their memory."""
     for name, array in (("base", data.base), ("queries", data.queries)):
         path = folder / f"{name}.npy"
-        if not path.exists():
-            part = path.with_suffix(".part.npy")
-            np.save(part, array)
-            part.replace(path)
+        if path.exists():
+            continue
+        if name == "base" and data.file is not None:
+            path.symlink_to(data.file.resolve())
+            continue
+        part = path.with_suffix(".part.npy")
+        np.save(part, array)
+        part.replace(path)
     (folder / "data.json").write_text(json.dumps({"name": data.name, "metric": data.metric}), encoding="utf-8")
 
 

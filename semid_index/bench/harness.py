@@ -13,17 +13,19 @@ What makes the figures believable:
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from semid_index.bench.builds import Builds
 from semid_index.bench.data import Data, true_neighbours, write_for_workers
 from semid_index.bench.machine import available_bytes, machine, versions
 from semid_index.bench.measures import Truth, checked_ids, distances_of, front, near_front, recall
@@ -33,16 +35,18 @@ from semid_index.bench.workers import SubjectError, Worker, WorkerProcess
 from semid_index.devices import cores
 from semid_index.errors import InvalidArgumentError, SemidError
 
-TARGETS = (0.9, 0.95, 0.99)
+TARGETS = (0.9, 0.95, 0.98, 0.99)
 """Recalls at which subjects are compared."""
 
 _SLACK = 1.15  # what is at most so much slower than a subject's best is raced with it
 _WORTH_RACING = 0.6  # the least recall
-_ENOUGH = 0.9995  # the recall after which more effort is not tried
 _PATIENCE = 12  # ways to search in a row that find no more than others before them, after which no more are tried
 _TRIAL = 10  # queries to see how fast a subject is
 _LEAST_QUERIES = 50
 _SINGLES = 300
+_STEP = 0.05  # of an effort, the least difference that is tried
+_MOST_SECONDS = 7_200.0  # that a worker may take for one request
+_GRACE = 60.0  # seconds that it may take after the time is up
 
 Start = Callable[[str, Parameters, Path, int], Worker]
 Say = Callable[[str], None]
@@ -58,6 +62,10 @@ class Limits:
     """Of one subject, in a race of batches."""
     turn_seconds: float
     """A slow subject gets fewer queries, so that its turn takes about so long."""
+    enough: float = 0.9995
+    """The recall after which more effort is not tried."""
+    narrowed: int = 0
+    """How often the step between two ways of the grid is halved, for each recall that subjects are compared at."""
     thinned: bool = False
     """Only the first and the last way to search each build."""
 
@@ -69,7 +77,8 @@ class Limits:
 LIMITS: Mapping[Effort, Limits] = {
     "tiny": Limits(builds=1, rounds=1, contestants=2, turn_seconds=0.2, thinned=True),
     "quick": Limits(builds=2, rounds=3, contestants=6, turn_seconds=0.5),
-    "full": Limits(builds=99, rounds=7, contestants=12, turn_seconds=1.0),
+    "hour": Limits(builds=1, rounds=5, contestants=10, turn_seconds=1.0, enough=0.996, narrowed=2),
+    "full": Limits(builds=99, rounds=7, contestants=12, turn_seconds=1.0, narrowed=2),
 }
 
 
@@ -85,6 +94,12 @@ class Bench:
     limits: Limits = LIMITS["full"]
     modes: Sequence[Mode] = ("batch", "single")
     fresh: bool = False
+    ways: Mapping[str, int] = field(default_factory=dict)
+    """How many builds of a subject are tried, where it is not what the limits say."""
+    builds: Path | None = None
+    """A folder of builds, which outlives the run; see :mod:`semid_index.bench.builds`."""
+    until: float = math.inf
+    """The value of ``time.monotonic()`` after which nothing new is begun."""
     say: Say = lambda _text: None
     start: Start | None = None
     """Starts the worker of a subject; a process, unless a test says otherwise."""
@@ -94,6 +109,8 @@ class Bench:
         self.folder = self.folder.resolve()  # ScaNN loses files whose path is relative
         self.path = self.folder / f"{self.data.name}.json"
         self._work = self.folder / "work" / f"{self.data.name}-{self.data.fingerprint}"
+        where = self.folder / "work" if self.builds is None else self.builds
+        self._indexes = Builds.of_data(where, self.data.name, self.data.fingerprint)
         described = self.data.description
         if self.path.exists() and not self.fresh:
             self.results = Results.load(self.path)
@@ -102,7 +119,10 @@ class Bench:
             self.results = Results(described, self.k, machine(), {})
 
     def run(self) -> Results:
-        """Everything, in order; what the results file has already is not done again."""
+        """Everything, in order; what the results file has already is not done again.
+
+        With the first number of threads, subjects are searched in all ways; with the others, in those that raced then.
+        """
         self.say(f"{self.data.name}: {len(self.data.base):,} x {self.data.base.shape[1]}, {self.data.metric}")
         self.results.failed = {}
         usable = self._usable()
@@ -111,7 +131,7 @@ class Bench:
         for name, build in builds:
             self._attempt(name, build.parameters, partial(self._build, name, build.parameters))
         for threads in self.threads:
-            for name, build in builds:
+            for name, build in self._as_raced_before(builds, threads):
                 if self.results.find_built(name, build.parameters):
                     self._attempt(name, build.parameters, partial(self._scan, name, build, threads))
             for mode in self.modes:
@@ -120,7 +140,7 @@ class Bench:
         return self.results
 
     def clean(self) -> None:
-        """Remove what was needed meanwhile: indexes and copies of the vectors."""
+        """Remove what was needed meanwhile: copies of the vectors, and indexes that are not in a folder of builds."""
         shutil.rmtree(self._work, ignore_errors=True)
 
     # -- what takes part ----------------------------------------------------------------------------------------------
@@ -142,17 +162,40 @@ class Bench:
         return usable
 
     def _builds(self, kind: type[Subject]) -> list[Build]:
-        builds = kind.grid(self.data.shape)[: self.limits.builds]
+        builds = kind.grid(self.data.shape)[: self.ways.get(kind.name, self.limits.builds)]
         if not self.limits.thinned:
             return builds
         ends = [(build, [build.searches[0], build.searches[-1]]) for build in builds]
         return [Build(build.parameters, both if both[0] != both[1] else both[:1]) for build, both in ends]
 
+    def _as_raced_before(self, builds: list[tuple[str, Build]], threads: int) -> list[tuple[str, Build]]:
+        """With more threads than in an earlier race, only what took part in it: what is found is the same."""
+        races = (race for race in self.results.races if race.mode == "batch" and race.threads < threads)
+        before = next(races, None)
+        if before is None:
+            return builds
+        kept = []
+        for name, build in builds:
+            mine = name, key_of(build.parameters)
+            searches = [point.search for point in before.contestants if point.key[:2] == mine]
+            if searches:
+                kept.append((name, Build(build.parameters, searches)))
+        return kept
+
+    @property
+    def _late(self) -> bool:
+        return time.monotonic() > self.until
+
     def _attempt(self, name: str, parameters: Parameters, work: Callable[[], None]) -> None:
-        """Do something with a subject; if it fails, write down how and go on with the others."""
+        """Do something with a subject, if there is time; if it fails, write down how and go on with the others."""
+        if self._late:
+            return
         try:
             work()
         except SemidError as error:
+            if self._late:
+                self.say(f"  {name} was stopped: the time is up")
+                return
             self._failed(f"{name} {key_of(parameters)}".strip(), str(error))
 
     def _failed(self, name: str, how: str) -> None:
@@ -162,13 +205,13 @@ class Bench:
         self._save()
 
     def _save(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.results.save(self.path)
 
     # -- workers ------------------------------------------------------------------------------------------------------
 
     def _index_folder(self, name: str, parameters: Parameters) -> Path:
-        code = hashlib.blake2b(json.dumps(dict(parameters), sort_keys=True).encode(), digest_size=4).hexdigest()
-        return self._work / f"{name}-{code}"
+        return self._indexes.index(name, parameters, self.subjects[name].requires)
 
     @cached_property
     def _truth(self) -> Truth:
@@ -179,71 +222,95 @@ class Bench:
         self._work.mkdir(parents=True, exist_ok=True)
         write_for_workers(self.data, self._work)
         index = self._index_folder(name, parameters)
+        index.parent.mkdir(parents=True, exist_ok=True)
         if self.start is not None:
             return self.start(name, parameters, index, threads)
         log = index.with_suffix(".log")
-        return WorkerProcess(name, parameters, data=self._work, index=index, log=log, threads=threads)
+        seconds = min(_MOST_SECONDS, max(1.0, self.until - time.monotonic()) + _GRACE)
+        return WorkerProcess(name, parameters, data=self._work, index=index, log=log, threads=threads, seconds=seconds)
 
-    def _opened(self, name: str, parameters: Parameters, threads: int) -> tuple[Worker, float]:
-        if not self._index_folder(name, parameters).exists():
+    def _opened(self, name: str, parameters: Parameters, threads: int) -> tuple[Worker, dict[str, Any]]:
+        if Builds.find(self._index_folder(name, parameters)) is None:
             self._build_files(name, parameters)  # an earlier run built it, and its files have gone
         worker = self._started(name, parameters, threads)
         try:
-            return worker, worker.open(threads=threads)["seconds"]
+            return worker, worker.open(threads=threads)
         except BaseException:
             worker.close()
             raise
+
+    def _opened_again(self, point: Point, threads: int, seconds: float) -> None:
+        """The fastest opening counts: the first one may have had to read from disk, or was on a busy machine."""
+        before = self.results.find_opened(point.subject, point.parameters, threads)
+        if before is not None and seconds < before.seconds:
+            self.results.opened[self.results.opened.index(before)] = replace(before, seconds=seconds)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def _build(self, name: str, parameters: Parameters) -> None:
         if self.results.find_built(name, parameters) is None:
-            self.results.built.append(self._build_files(name, parameters))
+            kept = None if self.fresh and self.builds is None else Builds.find(self._index_folder(name, parameters))
+            self.results.built.append(kept or self._build_files(name, parameters))
             self._save()
 
     def _build_files(self, name: str, parameters: Parameters) -> Built:
-        threads = max(self.threads)
+        threads, index = cores(), self._index_folder(name, parameters)  # nobody builds with less than all
+        Builds.drop(index)
         worker = self._started(name, parameters, threads)
         try:
             seen = worker.build(threads=threads)
         finally:
             worker.close()
         self.say(f"  built {name} {key_of(parameters)} in {seen['seconds']:.1f} s")
-        return Built(name, dict(parameters), threads, **seen)
+        built = Built(name, dict(parameters), threads, **seen)
+        self._indexes.keep(index, built, self.subjects[name].requires)
+        return built
 
     def _scan(self, name: str, build: Build, threads: int) -> None:
         """Search a build once in each way, until more effort finds no more. What was tried before is not done again."""
         known = {p.key: p for p in self.results.points_of(threads, name)}
         worker: Worker | None = None
-        seconds, best, in_vain = 0.0, 0.0, 0
+        opening: dict[str, Any] = {}
+        best, in_vain = 0.0, 0
         try:
             for search in build.searches:
                 point = known.get((name, key_of(build.parameters), key_of(search)))
                 if point is None:
                     if worker is None:
-                        worker, seconds = self._opened(name, build.parameters, threads)
+                        worker, opening = self._opened(name, build.parameters, threads)
                     point = self._point(worker, name, build.parameters, search, threads)
                     self.results.points.append(point)
                 best, in_vain = (point.recall, 0) if point.recall > best else (best, in_vain + 1)
-                if point.recall >= _ENOUGH or in_vain >= _PATIENCE:
+                if point.recall >= self.limits.enough or in_vain >= _PATIENCE or self._late:
                     break
             if worker is None:
                 return
+            self._narrow(worker, name, build, threads)
             if self.results.find_opened(name, build.parameters, threads) is None:
                 held = worker.memory()
-                self.results.opened.append(
-                    Opened(name, dict(build.parameters), threads, seconds, held["parts"], held["measured"])
-                )
+                seen = opening["seconds"], held["parts"], held["measured"], opening.get("once")
+                self.results.opened.append(Opened(name, dict(build.parameters), threads, *seen))
         finally:
             if worker is not None:
                 worker.close()
         self.say(f"  searched {name} {key_of(build.parameters)}, recall to {best:.3f}, threads {threads}")
         self._save()
 
+    def _narrow(self, worker: Worker, name: str, build: Build, threads: int) -> None:
+        """Search between the ways of the grid, where a recall that subjects are compared at is just reached."""
+        for target in TARGETS:
+            for _ in range(self.limits.narrowed):
+                points = [p for p in self.results.points_of(threads, name) if p.parameters == build.parameters]
+                search = between(points, target)
+                if search is None or self._late:
+                    break
+                self.results.points.append(self._point(worker, name, build.parameters, search, threads))
+
     def _point(self, worker: Worker, name: str, parameters: Parameters, search: Parameters, threads: int) -> Point:
         everything = len(self.data.queries)
         trial = min(_TRIAL, everything)
-        rate = trial / max(1e-9, worker.batch(search=search, queries=trial, k=self.k)["seconds"])
+        tried = worker.batch(search=search, queries=trial, k=self.k)
+        rate = trial / max(1e-9, min(tried["seconds"], tried["worked"] / threads or math.inf))  # as if it were quiet
         count = min(everything, max(_LEAST_QUERIES, int(rate * self.limits.turn_seconds)))
         path = self._work / f"found-{name}.npy"
         taken = worker.batch(search=search, queries=count, k=self.k, ids=str(path))
@@ -276,12 +343,12 @@ class Bench:
         race = self.results.race(mode, threads)
         if race is None or [p.key for p in race.contestants] != [p.key for p in points]:
             race = Race(mode, threads, points)
-            self.results.races = [r for r in self.results.races if (r.mode, r.threads) != (mode, threads)] + [race]
         stable = Stable(self, threads)
         try:
-            while len(race.rounds) < self.limits.rounds:
+            while len(race.rounds) < self.limits.rounds and not self._late:
                 number = len(race.rounds)
                 race.rounds.append(self._round(race, stable, np.random.default_rng(number)))
+                self.results.put_race(race)  # with its first round, and not before, it takes the place of an older one
                 self.say(f"  {mode}, threads {threads}: round {number + 1} of {self.limits.rounds}")
                 self._save()
         finally:
@@ -323,7 +390,8 @@ class Stable:
             needed = self._needed(point)
             while self._open and needed + sum(size for _, size in self._open.values()) > self._room:
                 self._close(next(iter(self._open)))
-            worker, _ = self._bench._opened(point.subject, point.parameters, self._threads)
+            worker, opening = self._bench._opened(point.subject, point.parameters, self._threads)
+            self._bench._opened_again(point, self._threads, opening["seconds"])
             self._open[key] = worker, needed
         return self._open[key][0]
 
@@ -351,6 +419,23 @@ def cheapest(points: Sequence[Point], targets: Sequence[float]) -> list[Point]:
         if best is not None and best not in chosen:
             chosen.append(best)
     return chosen
+
+
+def between(points: Sequence[Point], target: float) -> Parameters | None:
+    """Half-way from what misses a recall to the cheapest that reaches it; None if they are as near as makes sense.
+
+    Both differ in the first parameter of a search alone, a number that stands for effort.
+    """
+    best = next(iter(cheapest([point for point in points if point.search], [target])), None)
+    if best is None:
+        return None
+    effort, value = next(iter(best.search.items()))
+    others = {**best.search, effort: None}
+    less = [p.search[effort] for p in points if {**p.search, effort: None} == others and p.recall < target]
+    most = max((other for other in less if other < value), default=None)
+    if most is None or (value - most) // 2 < max(1, _STEP * value):
+        return None
+    return {**best.search, effort: (most + value) // 2}
 
 
 def worth_racing(points: Sequence[Point], most: int) -> list[Point]:

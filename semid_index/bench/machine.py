@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from semid_index.devices import cores
 
 _STATUS = Path("/proc/self/status")
 _CPU = Path("/proc/cpuinfo")
+_STAT = Path("/proc/stat")
 
 
 def machine() -> dict[str, str | int]:
@@ -79,6 +81,38 @@ def available_bytes() -> int | None:
         return None
     fields = dict(line.split(":", 1) for line in path.read_text(encoding="ascii").splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+
+
+class Others:
+    """How many processors other programs have, from when this begins: 0 on a quiet machine.
+
+    What this process and its ended children use is its own; None where the system does not tell (not Linux).
+    """
+
+    def __init__(self) -> None:
+        self._began = _used_by_all(), _used_by_us(), time.perf_counter()
+
+    def processors(self) -> float | None:
+        """On average so far."""
+        everything, ours, began = self._began
+        now, seconds = _used_by_all(), time.perf_counter() - began
+        if everything is None or now is None or seconds <= 0:
+            return None
+        return max(0.0, (now - everything - (_used_by_us() - ours)) / seconds)
+
+
+def _used_by_all() -> float | None:
+    """Seconds that all processors together have worked since the machine started."""
+    if not _STAT.exists():
+        return None
+    # user, nice, system, idle, iowait, irq, softirq, steal: what was stolen went to another machine's programs
+    fields = [int(field) for field in _STAT.read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def _used_by_us() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _status(field: str) -> int | None:

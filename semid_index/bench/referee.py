@@ -192,9 +192,10 @@ def judge(
     catalogues: Sequence[int] | None = None,
     train_rows: int = 30_000,
     done: Sequence[Judged] = (),
+    keep: Callable[[list[Judged], dict[str, str]], None] = lambda _judged, _left_out: None,
     say: Callable[[str], None] = lambda _text: None,
 ) -> tuple[list[Judged], dict[str, str]]:
-    """Every kind of code at every budget; and why some are left out.
+    """Every kind of code at every budget; and why some are left out. ``keep`` gets both after each kind.
 
     ``catalogues``: numbers of items that share the codebooks; by default those of the data, and ten million.
     """
@@ -223,6 +224,7 @@ def judge(
                 best = max(able, key=lambda shape: measured[shape.key].recall["10"])
                 total = round(best.total(count), 3)
                 results.append(Judged(budget, count, asdict(best), total, **asdict(measured[best.key])))
+                keep(results, left_out)
     return results, left_out
 
 

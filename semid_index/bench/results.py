@@ -31,6 +31,10 @@ class Built:
     disk_bytes: int
     peak_bytes: int | None
     """The most memory of the process that built, mapped vectors counted as far as they were read."""
+    others: float | None = None
+    """How many processors other programs had meanwhile, on average."""
+    earlier: bool = False
+    """Not in this run: the files were in a folder of builds."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Opened:
     """Bytes by what they are for, as the subject counts them."""
     measured: int | None
     """By how much the process's own memory grew from before it was opened until after it was searched."""
+    once: int | None = None
+    """What its libraries had taken before, whatever the number of items; not in what was measured."""
 
     @property
     def counted(self) -> int:
@@ -138,6 +144,11 @@ class Results:
     def race(self, mode: Mode, threads: int) -> Race | None:
         """The latest race of this kind."""
         return next((r for r in reversed(self.races) if (r.mode, r.threads) == (mode, threads)), None)
+
+    def put_race(self, race: Race) -> None:
+        """Keep a race, in the place of an older one of its kind."""
+        if not any(kept is race for kept in self.races):
+            self.races = [r for r in self.races if (r.mode, r.threads) != (race.mode, race.threads)] + [race]
 
     @property
     def threads(self) -> list[int]:

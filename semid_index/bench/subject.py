@@ -25,7 +25,7 @@ from semid_index.quantizer import Vectors
 from semid_index.records import Metric
 
 Parameters = Mapping[str, Any]  # names and JSON values
-Effort = Literal["tiny", "quick", "full"]
+Effort = Literal["tiny", "quick", "hour", "full"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,10 @@ class Subject(ABC):
     @abstractmethod
     def grid(cls, shape: Shape) -> list[Build]:
         """The ways to build and search it that are tried, the most promising first."""
+
+    @classmethod  # noqa: B027 - most libraries take next to nothing
+    def take_once(cls, dim: int) -> None:
+        """Have libraries take the memory that they take once, whatever the number of items: it is told apart."""
 
     @abstractmethod
     def build(self, vectors: Vectors, shape: Shape, parameters: Parameters, folder: Path, *, threads: int) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from semid_index.bench.data import read_in_worker
-from semid_index.bench.machine import peak_bytes, private_bytes
+from semid_index.bench.machine import Others, peak_bytes, private_bytes
 from semid_index.bench.measures import checked_ids
 from semid_index.bench.subject import Subject
 from semid_index.errors import SemidError
@@ -39,21 +39,27 @@ class Session:
         self._before: int | None = None
 
     def build(self, *, threads: int) -> dict[str, Any]:
-        """Build it; seconds, bytes on disk and the peak of memory."""
+        """Build it; seconds, bytes on disk, the peak of memory, and the processors that others had meanwhile."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        started = time.perf_counter()
+        others, started = Others(), time.perf_counter()
         self.subject.build(self.data.base, self.data.shape, self.parameters, self.folder, threads=threads)
-        seconds = time.perf_counter() - started
+        seconds, busy = time.perf_counter() - started, others.processors()
         size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        return {"seconds": seconds, "disk_bytes": size, "peak_bytes": peak_bytes()}
+        return {"seconds": seconds, "disk_bytes": size, "peak_bytes": peak_bytes(), "others": busy}
 
     def open(self, *, threads: int) -> dict[str, Any]:
-        """Make it ready to search; seconds."""
+        """Make it ready to search; seconds, and the bytes that its libraries had taken before, whatever they search."""
+        bare = private_bytes()
+        self.subject.take_once(self.data.shape.dim)
         self._before = private_bytes()
         started = time.perf_counter()
         self.subject.open(self.folder, self.data.shape, self.parameters, threads=threads)
-        return {"seconds": time.perf_counter() - started}
+        seconds = time.perf_counter() - started
+        return {
+            "seconds": seconds,
+            "once": self._before - bare if self._before is not None and bare is not None else None,
+        }
 
     def memory(self) -> dict[str, Any]:
         """What it says it holds, and by how much the process's own memory has grown since before it was opened."""

@@ -22,6 +22,8 @@ _FILE = "index.faiss"
 _POINTS_PER_LIST = 64  # FAISS's k-means warns below 39 and uses at most 256
 _ROWS = {"Flat": 4.0, "SQfp16": 2.0, "SQ8": 1.0}  # bytes per dimension of what Refine keeps
 _BITS_PER_LINK = 32
+_MANY_ROWS = 200_000
+_USUAL_PIECES = 96  # of a product code, where FAISS was fastest on sets of 128, 384 and 784 dimensions
 
 
 class FaissIndex(Subject):
@@ -100,7 +102,7 @@ class FaissIvf(FaissIndex):
     @staticmethod
     def probes(lists: int) -> list[int]:
         """Numbers of cells to try."""
-        return ladder(1, min(512, lists))
+        return ladder(max(1, lists // 128), min(512, lists))
 
     def memory(self) -> dict[str, int]:
         """Codes, ids, what is refined from, centroids and codebooks, as FAISS lays them out."""
@@ -161,16 +163,28 @@ class FaissIvfPq(FaissIvf):
     @classmethod
     def grid(cls, shape: Shape) -> list[Build]:
         """By cells, length of the codes, a learned rotation, and what is kept to refine from."""
-        many, few = (shape.lists(4), shape.lists(1)) if shape.rows > 200_000 else (shape.lists(1), shape.lists(4))
-        pieces = list(dict.fromkeys(shape.pieces(dims) for dims in (4, 2, 8)))
-        ways = [(many, m, "", "Flat") for m in pieces]
-        ways += [(few, m, "", "Flat") for m in pieces]
-        ways += [(many, pieces[0], f"OPQ{pieces[0]},", "Flat"), (many, pieces[-1], f"OPQ{pieces[-1]},", "Flat")]
-        ways += [(many, pieces[0], "", "SQfp16"), (many, pieces[0], "", "SQ8"), (many, pieces[-1], "", "SQ8")]
+        lists, other, last = (shape.lists(factor) for factor in ((4, 2, 1) if shape.rows > _MANY_ROWS else (1, 2, 4)))
+        pieces = list(dict.fromkeys(shape.pieces(dims) for dims in (2, 4, 8, 16)))
+        usual = min(pieces, key=lambda m: abs(m - _USUAL_PIECES))
+        shorter = next((m for m in pieces if m < usual), usual)
+        longer = next((m for m in reversed(pieces) if m > usual), usual)
+        ways = [
+            (lists, usual, "", "Flat"),
+            (other, usual, "", "Flat"),
+            (lists, usual, f"OPQ{usual},", "Flat"),
+            (lists, shorter, "", "Flat"),
+            (lists, usual, "", "SQ8"),
+            (lists, shorter, f"OPQ{shorter},", "Flat"),
+            (lists, longer, "", "Flat"),
+            (lists, usual, "", "SQfp16"),
+            (last, usual, "", "Flat"),
+            (other, shorter, f"OPQ{shorter},", "Flat"),
+            (lists, shorter, "", "SQ8"),
+        ]
         return [
             Build(
                 {"factory": f"{rotation}IVF{lists},PQ{m}x4fs,Refine({rows})", "lists": lists, "rows": rows},
-                [{"nprobe": n, "refine": refine} for n in cls.probes(lists) for refine in (2, 4, 10, 20)],
+                [{"nprobe": n, "refine": refine} for n in cls.probes(lists) for refine in (2, 4, 6, 10, 20)],
             )
             for lists, m, rotation, rows in dict.fromkeys(ways)
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,6 +18,17 @@ from semid_index.quantizer import Vectors
 _FILE = "index.duckdb"
 _FEW_ROWS = 20_000  # below, smaller codebooks do
 _MANY_ROWS = 300_000  # above, a larger first codebook pays
+
+
+def usual(shape: Shape) -> dict[str, Any]:
+    """How an index of so many rows is made: what was fastest in ``benchmarks.speed``. Its tier is the subject's."""
+    if shape.rows < _FEW_ROWS:
+        return {"codebook_size": 64}
+    if shape.rows < _MANY_ROWS:
+        return {"leaf_size": 128}
+    # scoring leaves and scanning them grow alike
+    leaf_size = int(max(128, 128 * (shape.rows / 1_000_000) ** 0.5))
+    return {"codebook_size": [1_024, 64, 256, 256], "leaf_size": leaf_size}
 
 
 class SemidIndex(Subject):
@@ -37,21 +49,34 @@ class SemidIndex(Subject):
         import_faiss()
 
     @classmethod
+    def take_once(cls, dim: int) -> None:
+        """Make a tiny index and search it: DuckDB, Arrow and two BLAS libraries take their working memory."""
+        vectors = np.random.default_rng(0).standard_normal((1_000, dim), dtype=np.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / _FILE
+            with semid.create(path, dim=dim, vectors=cls.tier, levels=2, codebook_size=16) as index:
+                index.train(vectors)
+                index.add(vectors)
+            with semid.open(path, read_only=True, vectors_in=cls.vectors_in) as index:
+                index.search(vectors, threads=1)
+
+    @classmethod
     def grid(cls, shape: Shape) -> list[Build]:
-        """The defaults; then other leaves, another tail, and a larger first level."""
-        usual = {"codebook_size": 64} if shape.rows < _FEW_ROWS else {}
-        ways: list[dict[str, Any]] = [usual, {**usual, "leaf_size": 64}, {**usual, "leaf_size": 256}]
+        """The usual way; then other leaves, the defaults, another tail, and a larger first level."""
+        first = usual(shape)
+        ways: list[dict[str, Any]] = [first, {**first, "leaf_size": 64}, {**first, "leaf_size": 256}, {}]
         if shape.rows > _MANY_ROWS:
-            ways.append({"codebook_size": [4096, 256, 256, 256]})
+            ways.append({**first, "codebook_size": [4_096, 256, 256, 256]})
         if cls.tier != "none":
-            ways.append({**usual, "tail": shape.pieces(8)})
+            ways.append({**first, "tail": shape.pieces(8)})
         return [Build(way, cls.searches(shape)) for way in ways]
 
     @classmethod
     def searches(cls, shape: Shape) -> list[Parameters]:
         """Leaves to open, and candidates to re-rank."""
-        probes = ladder(2, max(8, min(1_024, shape.rows // 64)))
-        return [{"probes": n, "rerank": rerank} for n in probes for rerank in (40, 100, 200)]
+        leaves = shape.rows // usual(shape).get("leaf_size", 64)  # about; leaves are seldom full
+        probes = ladder(max(2, leaves // 200), max(8, min(3_072, leaves)))
+        return [{"probes": n, "rerank": rerank} for n in probes for rerank in (25, 40, 60, 100, 200)]
 
     def build(self, vectors: Vectors, shape: Shape, parameters: Parameters, folder: Path, *, threads: int) -> None:
         """Train, add; the file is the index."""
