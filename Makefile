@@ -6,7 +6,7 @@ OTHER_DUCKDB := .duckdb-1.5
 STAMP := $(VENV)/.installed
 # what these test has nothing to do with DuckDB, so that they run once
 WITHOUT_DUCKDB := alignment balanced_rq baselines beam bench benchmarks codes devices gpu layers lookup metrics native \
-	quantizers report_page rq vectors
+	quantizers report report_page rq vectors
 PEERS := $(VENV)/.peers
 
 .PHONY: demo test test-quick test-duckdb-1.5 test-long lint docs-check docs bench-tiny bench clean
@@ -44,7 +44,7 @@ docs: $(STAMP)
 bench-tiny: $(PEERS)
 	$(BIN)/semid bench sample --effort tiny --rows 2000 --queries 100 --strict --fresh --output $(VENV)/bench-tiny
 
-# the figures of docs/benchmarks.md: make bench DATA=folder; hours. QUICK=--quick takes about an hour
+# the figures of docs/benchmarks.md: make bench DATA=folder; hours. QUICK="--hour --minutes 55" takes an hour
 bench: $(PEERS)
 	$(BIN)/python -m benchmarks.published $(if $(DATA),--data $(DATA)) $(QUICK)
 	$(BIN)/python docs/generate.py

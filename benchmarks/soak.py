@@ -18,6 +18,7 @@ import json
 import tempfile
 import threading
 import time
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import numpy as np
 
 import semid_index as semid
 
+KINDS = "search", "upsert", "delete"
 _MB = 1 << 20
 
 
@@ -38,8 +40,9 @@ class Load:
     seed: int
     written: dict[int, int] = field(default_factory=dict)
     """id -> the seed of its vector"""
-    seconds: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    """For each kind of call: when, since the start, and how long."""
+    seconds: "dict[str, array[float]]" = field(default_factory=lambda: {kind: array("f") for kind in KINDS})
+    """For each kind of call: when, since the start, and how long, in turn. Eight bytes a call: this is memory, too."""
+    failures: list[BaseException] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def vectors(self, seeds: np.ndarray) -> np.ndarray:
@@ -49,15 +52,21 @@ class Load:
         return centres[seeds % 1_000] + 0.5 * noise[seeds * 7 % 4_096]
 
     def work(self, thread: int, started: float, end: float) -> None:
+        try:
+            self.calls(thread, started, end)
+        except BaseException as error:  # else it would end with this thread, and nobody would know
+            self.failures.append(error)
+
+    def calls(self, thread: int, started: float, end: float) -> None:
         random = np.random.default_rng([self.seed, thread])
-        while (now := time.perf_counter()) < end:
-            kind = random.choice(["search", "upsert", "delete"], p=[0.80, 0.15, 0.05])
+        while (now := time.perf_counter()) < end and not self.failures:
+            kind = random.choice(KINDS, p=[0.80, 0.15, 0.05])
             if kind == "search":
                 self.index.search(self.vectors(random.integers(1 << 40, size=1))[0], 10)
             else:
                 with self.lock:  # so that what was written last is known
                     getattr(self, kind)(random)
-            self.seconds.setdefault(kind, []).append((now - started, time.perf_counter() - now))
+            self.seconds[kind].extend((now - started, time.perf_counter() - now))
 
     def upsert(self, random: np.random.Generator) -> None:
         known = np.fromiter(self.written, dtype=np.int64)
@@ -85,6 +94,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where the index goes; by default a folder that is removed")
     parser.add_argument("--json", type=Path, help="where the figures go, too")
+    parser.add_argument("--samples", type=Path, help="a CSV file for memory and file size, second by second")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         figures = soak(arguments, (arguments.folder or Path(temporary)) / "soak.duckdb")
@@ -106,32 +116,34 @@ def soak(arguments: argparse.Namespace, path: Path) -> dict[str, object]:
         threads = [threading.Thread(target=load.work, args=(i, started, end)) for i in range(arguments.threads)]
         for thread in threads:
             thread.start()
-        samples = watched(index, path, started, end, 60 * arguments.compact_every)
+        samples = np.array(watched(load, path, started, end, 60 * arguments.compact_every))
         for thread in threads:
             thread.join()
+        if load.failures:
+            raise load.failures[0]
         report = index.verify()
         assert report.ok, report
         check(load)
         index.compact()
         compacted = path.stat().st_size
-    return summary(load, np.array(samples), 60 * arguments.minutes) | {
-        "file after compact()": f"{compacted / _MB:.1f} MB"
-    }
+    if arguments.samples:
+        np.savetxt(arguments.samples, samples, fmt="%.1f", delimiter=",", header="seconds,private bytes,file bytes")
+    return summary(load, samples, 60 * arguments.minutes) | {"file after compact()": f"{compacted / _MB:.1f} MB"}
 
 
 def watched(
-    index: semid.SemanticIndex, path: Path, started: float, end: float, compact_every: float
+    load: Load, path: Path, started: float, end: float, compact_every: float
 ) -> list[tuple[float, float, float]]:
     """Seconds, bytes of private memory and bytes of the file, again and again; compacts now and then."""
     samples = []
     compacted = started
-    while (now := time.perf_counter()) < end:
+    while (now := time.perf_counter()) < end and not load.failures:
         log = path.with_name(path.name + ".wal")
         samples.append(
             (now - started, private_bytes(), path.stat().st_size + (log.stat().st_size if log.exists() else 0))
         )
         if compact_every and now - compacted > compact_every:
-            index.compact()
+            load.index.compact()
             compacted = now
         time.sleep(min(1.0, max(0.01, end - time.perf_counter())))
     return samples
@@ -158,7 +170,7 @@ def summary(load: Load, samples: np.ndarray, seconds: float) -> dict[str, object
         first, last = late[0, column] / _MB, late[-1, column] / _MB
         figures[name] = f"{first:.1f} MB -> {last:.1f} MB, slope {slope:+.1f} MB an hour"
     for kind, calls in load.seconds.items():
-        when, took = np.array(calls).T
+        when, took = np.array(calls).reshape(-1, 2).T
         first, last = took[(when > span) & (when <= 2 * span)], took[when > seconds - span]
         p99 = [f"{1_000 * np.quantile(part, 0.99):.1f}" if len(part) else "-" for part in (first, last)]
         p50 = 1_000 * np.quantile(took, 0.5)

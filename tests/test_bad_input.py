@@ -549,7 +549,7 @@ CREATE_FAULTS: list[tuple[dict[str, Any], type[SemidError], list[str]]] = [
     *(({"tail": tail}, InvalidArgumentError, ["tail", "at least 0"]) for tail in (-1, 1.5, True)),
     ({"tail": 25}, InvalidArgumentError, ["tail", "24 dimensions", "25"]),
     *(({"leaf_size": size}, InvalidArgumentError, ["leaf_size", "at least 1"]) for size in (0, -1, 1.5, True)),
-    *(({"device": device}, InvalidArgumentError, ["device", "'cpu', 'auto'"]) for device in ("cuda", -1, True, 1.5)),
+    *(({"device": device}, InvalidArgumentError, ["device", "'cpu', 'auto'"]) for device in ("cuda:x", -1, True, 1.5)),
     ({"device_vectors": "float64"}, InvalidArgumentError, ["device_vectors", "float32, float16, int8"]),
     *(({"iterations": often}, InvalidArgumentError, ["iterations", "from 1 to"]) for often in (0, 1.5, None)),
     ({"iteration": 5}, InvalidArgumentError, ["'rq' has no option 'iteration'", "levels, codebook_size, iterations"]),
@@ -811,7 +811,7 @@ def test_opening_what_is_no_index(tmp_path, index_file):
     )
 
 
-@pytest.mark.parametrize("option", [{"device": "cuda"}, {"device_vectors": "half"}, {"vectors_in": "cloud"}])
+@pytest.mark.parametrize("option", [{"device": "cuda:x"}, {"device_vectors": "half"}, {"vectors_in": "cloud"}])
 def test_bad_arguments_of_open(index_file, queries, option):
     with watching(index_file, queries), refused(InvalidArgumentError, *option, *option.values(), "Use|must be"):
         semid.open(index_file, **option)

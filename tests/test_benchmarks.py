@@ -25,7 +25,7 @@ def test_main_job_runs_on_the_sample(tmp_path):
     assert searched["memory bytes per item"]["vectors"] == 4 * 384
 
 
-def test_quality_and_prefixes_run_on_the_sample(tmp_path):
+def test_quality_runs_on_the_sample(tmp_path):
     output = tmp_path / "targets.json"
     command = [sys.executable, "-m", "benchmarks.quality", "targets", "--tiny", "--output", str(output)]
     subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -33,6 +33,9 @@ def test_quality_and_prefixes_run_on_the_sample(tmp_path):
     assert rows["rq, beam 5"]["error"] < rows["rq"]["error"] < rows["rq, not refined"]["error"] < rows["pq"]["error"]
     assert rows["rq"]["error"] <= 1.005 * rows["FAISS ResidualQuantizer, beam 1"]["error"]
     assert rows["rq"]["recall"] > rows["opq"]["recall"]
+
+
+def test_prefixes_run_on_the_sample():
     command = [sys.executable, "-m", "benchmarks.prefixes", "--tiny"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) == 12
@@ -71,3 +74,29 @@ def test_retrain_runs_on_the_sample():
     assert set(churn) == {"rq", "balanced-rq", "rq, refined"}
     for was, scratch, aligned, *again in churn.values():
         assert was == 0 < min(again) <= max(again) < aligned < scratch
+
+
+def test_latency_runs_on_the_sample(tmp_path):
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks.latency", "--tiny", "--rounds", "1", "--json", str(figures)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(figures.read_text())["sample"]
+    assert set(found) == {"ours, tuned", "ours, defaults", "FAISS, tuned", "batch"}
+    batch = found.pop("batch")
+    assert batch["ratio"] == pytest.approx(batch["2"] / batch["1"], rel=0.01)
+    for label, row in found.items():
+        assert row["recall@10"] >= 0.95, label
+        assert 0 < row["p50"] <= row["p99"], label
+
+
+def test_opening_runs_on_the_sample(tmp_path):
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks.opening", "--tiny", "--rounds", "1", "--tiers", "int8"]
+    done = subprocess.run([*command, "--json", str(figures)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())["2 threads"]
+    built, opened = found["build int8"], found["open int8"]
+    assert built["bytes per item"] > 384
+    assert built["total"]["s"] == pytest.approx(sum(part["s"] for part in built["parts"].values()))
+    assert opened["recall"] > 0.9
+    assert 0 < opened["second search"]["s"] < opened["total"]["s"]

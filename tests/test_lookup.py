@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from semid_index import lookup
 from semid_index.codes import CodeLayout, pack
 from semid_index.lookup import (
     Leaves,
@@ -85,6 +86,60 @@ def test_scores_are_distances_to_the_sum_of_the_prefix_codewords():
     assert partial, "some leaf must end inside a level, or this test shows nothing"
 
 
+def representative(leaves: Leaves, leaf: int, codebooks: list[np.ndarray], codes: np.ndarray) -> tuple[np.ndarray, int]:
+    """The sum of a leaf's words, by definition, and the level inside which its prefix ends: -1 for between levels."""
+    left, point, inside = int(leaves.bits[leaf]), np.zeros(codebooks[0].shape[1]), -1
+    for level, (bits, shift) in enumerate(zip(leaves.layout.bits, leaves.layout.shifts, strict=True)):
+        if left > 0:
+            code = (int(leaves.lowest[leaf]) >> shift) & ((1 << bits) - 1)
+            group = np.arange(code, min(code + (1 << max(bits - left, 0)), len(codebooks[level])))
+            weights = np.bincount(codes[:, level], minlength=len(codebooks[level]))[group]
+            point += weights @ codebooks[level][group] / weights.sum()
+            inside = level if left < bits else inside
+        left -= bits
+    return point, inside
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("sizes", [(12, 6, 8), (30,)])
+def test_leaves_may_end_inside_any_level(metric, sizes, monkeypatch):
+    monkeypatch.setattr(lookup, "_SUM_BLOCK", 7)  # so that their words are summed in several blocks
+    rng = np.random.default_rng(8)
+    layout = CodeLayout(sizes)
+    codebooks = [rng.standard_normal((size, 5), dtype=np.float32) for size in sizes]
+    codes = random_codes(layout, 3_000, 9, skew=4.0)  # the last codes of each level are rare, or not in use
+    sids = np.sort(pack(codes, layout))
+    leaves = make_leaves(sids, layout, 150)
+    expected, ends = zip(*(representative(leaves, leaf, codebooks, codes) for leaf in range(len(leaves))), strict=True)
+    assert set(range(len(sizes))) <= set(ends), "else this shows nothing"
+    scorer = additive_scorer(leaves, codebooks, sids, metric)
+    queries = rng.standard_normal((3, 5), dtype=np.float32)
+    scores = scorer.scores(scorer.table(queries))
+    products = queries @ np.array(expected).T
+    wanted = -products if metric == "ip" else (np.array(expected) ** 2).sum(axis=1) - 2 * products
+    np.testing.assert_allclose(scores, wanted, rtol=1e-4, atol=1e-4)
+    assert (scores.dtype, scorer.words.dtype, scorer.constants.dtype) == (np.float32,) * 3
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+@pytest.mark.parametrize("sizes", [(4, 4), (4,)])
+def test_an_index_of_one_leaf_has_no_words_to_score_it_by(metric, sizes):
+    layout = CodeLayout(sizes)
+    sids = np.sort(pack(random_codes(layout, 20, 1), layout))
+    leaves = make_leaves(sids, layout, 128)
+    assert leaves.bits.tolist() == [0]
+    scorer = additive_scorer(leaves, [np.ones((4, 3), dtype=np.float32)] * len(sizes), sids, metric)
+    queries = np.array([[1, 2, 3], [0, 0, 0]], dtype=np.float32)
+    assert scorer.scores(scorer.table(queries)).tolist() == [[0], [0]]
+    assert (scorer.words.shape, scorer.words.dtype) == ((1, 3), np.float32)
+    found = choose_probes(scorer, queries, leaves.sizes, at_least=5, budget=5, probes=None)
+    assert (found.leaves.tolist(), found.scores.tolist(), found.candidates.tolist()) == (
+        [[0], [0]],
+        [[0], [0]],
+        [20, 20],
+    )
+
+
 @pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
 def test_whole_ids_as_leaves_score_like_decoded_vectors(metric):
     rng = np.random.default_rng(2)
@@ -157,6 +212,10 @@ def test_the_best_leaves_are_opened_until_there_are_enough_items(scored, at_leas
         assert (found.leaves[i][len(opened) :] == -1).all()
         assert found.candidates[i] == held
         assert found.counts[i] == len(opened)
+        np.testing.assert_allclose(found.scores[i][: len(opened)], scores[i][opened], rtol=1e-6)
+        assert (found.scores[i][len(opened) :] == np.inf).all()
+    assert found.leaves.shape == found.scores.shape == (len(queries), found.counts.max())
+    assert (found.leaves.dtype, found.scores.dtype) == (np.int64, np.float32)
 
 
 def test_leaves_without_allowed_items_are_never_opened(scored):
@@ -166,7 +225,30 @@ def test_leaves_without_allowed_items_are_never_opened(scored):
     for i in range(len(queries)):
         opened, held = by_hand(scores[i], allowed, 100, 1)
         assert found.leaves[i][: len(opened)].tolist() == opened
+        assert (found.leaves[i][len(opened) :] == -1).all()
+        np.testing.assert_allclose(found.scores[i][: len(opened)], scores[i][opened], rtol=1e-6)
         assert found.candidates[i] == held
+
+
+def test_far_more_leaves_than_expected_are_opened_where_the_near_ones_are_small():
+    """The first guess, by the mean size, is far too low for one query of two."""
+    n = 400
+    sizes = np.r_[np.ones(n // 2, dtype=np.int64), np.full(n // 2, 99)]
+    points = np.arange(n, dtype=np.float32)[:, None]
+    leaves = Leaves(CodeLayout((512,)), np.arange(n), np.full(n, 9), np.r_[0, np.cumsum(sizes)])
+    scorer = centroid_scorer(
+        leaves, lambda positions: np.searchsorted(leaves.starts, positions, "right")[:, None] - 1.0, "l2"
+    )
+    np.testing.assert_array_equal(scorer.words, points)
+    queries = np.array([[0], [n - 1]], dtype=np.float32)
+    found = choose_probes(scorer, queries, sizes, at_least=1, budget=150, probes=None)
+    assert found.counts.tolist() == [150, 2]
+    assert found.candidates.tolist() == [150, 198]
+    assert found.leaves[0].tolist() == list(range(150))
+    assert found.leaves[1].tolist() == [n - 1, n - 2, *[-1] * 148]
+    assert choose_probes(scorer, queries, sizes, at_least=1, budget=150, probes=3).counts.tolist() == [3, 3]
+    every = choose_probes(scorer, queries, sizes, at_least=10**6, budget=1, probes=None)  # more than there are
+    assert (every.counts.tolist(), every.candidates.tolist()) == ([n, n], [int(sizes.sum())] * 2)
 
 
 def test_codes_without_hierarchy_are_one_leaf():
