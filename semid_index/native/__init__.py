@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 LIBRARY = Path(__file__).parent / "libsemid_scan.so"
 KERNELS = ("plain", "avx2", "avx512")
-_ABI = 2
+_ABI = 3
 _DTYPES = {"float32": 1, "float16": 2, "int8": 3}
 _METRICS = {"l2": 0, "cosine": 1, "ip": 2}
+_PANEL = 32  # columns side by side in a packed matrix
 _LEAST_TILE = 64
 _TILE = 512  # queries that are scanned together: their products are held, and they share what they read from memory
 
@@ -131,6 +132,8 @@ def _load() -> ctypes.CDLL | str:
         library.semid_free.restype, library.semid_free.argtypes = None, [_Pointer]
         library.semid_bytes.restype, library.semid_bytes.argtypes = _Int64, [_Pointer]
         library.semid_search.restype, library.semid_search.argtypes = _Int32, [_Pointer, _Pointer]
+        library.semid_multiply.restype = None
+        library.semid_multiply.argtypes = [_Pointer, _Int64, _Int32, _Pointer, _Int64, _Pointer, _Int32]
         library.semid_columns.restype, library.semid_columns.argtypes = None, [_Pointer, _Pointer, _Int64, _Pointer]
         library.semid_sum_words.restype = None
         library.semid_sum_words.argtypes = [_Pointer, _Int32, _Pointer, _Int64, _Int32, _Pointer]
@@ -269,6 +272,31 @@ class _Place:
         )
 
 
+class _Matrix:
+    """A matrix (dim, columns) that queries are multiplied with; not by BLAS, see ``multiply`` in kernel.cpp."""
+
+    def __init__(self, matrix: NDArray[np.floating]) -> None:
+        self._dim, self.columns = matrix.shape
+        panels = -(-self.columns // _PANEL)
+        padded = np.zeros((self._dim, panels * _PANEL), dtype=np.float32)
+        padded[:, : self.columns] = matrix
+        self._packed = np.ascontiguousarray(padded.reshape(self._dim, panels, _PANEL).transpose(1, 0, 2))
+        self._place = _address(self._packed)
+        self._multiply = _loaded().semid_multiply
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self._packed.nbytes
+
+    def times(self, rows: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Contiguous rows (q, dim) times the matrix: (q, columns)."""
+        count = len(rows)
+        found = np.empty((count, self.columns), dtype=np.float32) if out is None else out
+        self._multiply(_address(rows), count, self._dim, self._place, self.columns, _address(found), _asked_isa())
+        return found
+
+
 class NativeIndex:
     """Codes and vectors laid out for the native scan."""
 
@@ -276,9 +304,10 @@ class NativeIndex:
         self, parts: ScanParts, dim: int, vectors: NDArray[Any] | None, scale: NDArray[np.float32] | None
     ) -> None:
         library = self._library = _loaded()
-        self._centre, self._rotation = parts.centre, parts.rotation  # of the parts only what queries need is kept
+        self._centre = np.asarray(parts.centre, dtype=np.float32)  # of the parts only what queries need is kept
+        self._rotation = None if parts.rotation is None else _Matrix(parts.rotation)
         self._levels = len(parts.head_sizes) + (parts.first_codes is not None)
-        self._words = np.ascontiguousarray(np.float32(parts.factor) * parts.words.T)
+        self._words = _Matrix(np.float32(parts.factor) * parts.words.T)
         self._codebooks = np.ascontiguousarray(parts.codebooks.transpose(0, 2, 1))
         self._width = parts.codebooks.shape[0] * parts.codebooks.shape[2]
         # all that the library keeps pointers to stays alive with self
@@ -394,14 +423,14 @@ class NativeIndex:
         permitted = None if allowed is None else np.ascontiguousarray(allowed).view(np.uint8)
         results = (found.positions, found.distances, found.candidates, found.opened, found.leaves, found.scores)
         rows = [(_address(array), array.strides[0]) for array in results]
-        together = min(_TILE, max(_LEAST_TILE, -(-count // threads)))
+        together = min(_TILE, max(_LEAST_TILE, -(-count // (2 * threads)))) if threads > 1 else _TILE
         tiles = range(0, count, together)
         workers = max(1, min(threads, len(tiles)))
 
         def scan(start: int) -> NDArray[np.float64]:
             part = queries[start : start + together]
             rotated = self._rotated(part)
-            products = rotated @ self._words
+            products = self._words.times(rotated)
             positions, distances, candidates, opened, shown_leaves, shown_scores = [
                 first + start * step for first, step in rows
             ]
@@ -453,7 +482,7 @@ class NativeIndex:
     def _search_one(self, query: NDArray[np.float32], place: _Place) -> Scanned:
         """What was asked for in a place, for one query (1, dim)."""
         rotated = self._rotated(query)
-        np.matmul(rotated, self._words, out=place.products)
+        self._words.times(rotated, out=place.products)
         request = place.request
         request.vectors, request.rotated = _address(query), _address(rotated)
         place.seconds.fill(0)
@@ -466,7 +495,7 @@ class NativeIndex:
         place: _Place | None = getattr(self._places, "place", None)
         self._places.place = None
         if place is None or (place.width, place.shown) != (width, shown):
-            place = _Place(self._words.shape[1], width, shown)
+            place = _Place(self._words.columns, width, shown)
         return place
 
     def _rotated(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -475,7 +504,7 @@ class NativeIndex:
         if self._rotation is None:
             missing = max(self._width - centred.shape[1], 0)
             return np.ascontiguousarray(np.pad(centred, ((0, 0), (0, missing))) if missing else centred)
-        return (centred @ self._rotation).astype(np.float32, copy=False)
+        return self._rotation.times(centred)
 
 
 def train(

@@ -1053,14 +1053,89 @@ void encode(const Encoding& from, int64_t first, int64_t last) {
   }
 }
 
+// -- products of queries with words -----------------------------------------------------------------------------------
+//
+// As BLAS does it, but in the thread that asks, and in no other: BLAS has threads of its own, which wait for work by
+// turning round, and so take the processor from those that scan.
+
+#if SEMID_ISA == 2
+using Lanes = __m512;
+constexpr int kRows = 12;  // rows
+inline Lanes load_lanes(const float* from) { return _mm512_loadu_ps(from); }
+inline Lanes add_product(float a, Lanes b, Lanes sum) { return _mm512_fmadd_ps(_mm512_set1_ps(a), b, sum); }
+inline void store_lanes(float* to, Lanes value) { _mm512_storeu_ps(to, value); }
+inline Lanes no_lanes() { return _mm512_setzero_ps(); }
+#elif SEMID_ISA == 1
+using Lanes = __m256;
+constexpr int kRows = 3;
+inline Lanes load_lanes(const float* from) { return _mm256_loadu_ps(from); }
+inline Lanes add_product(float a, Lanes b, Lanes sum) { return _mm256_fmadd_ps(_mm256_set1_ps(a), b, sum); }
+inline void store_lanes(float* to, Lanes value) { _mm256_storeu_ps(to, value); }
+inline Lanes no_lanes() { return _mm256_setzero_ps(); }
+#else
+struct Lanes {
+  float value[4];
+};
+constexpr int kRows = 1;
+inline Lanes load_lanes(const float* from) { return {{from[0], from[1], from[2], from[3]}}; }
+inline Lanes add_product(float a, Lanes b, Lanes sum) {
+  for (int i = 0; i < 4; i++) sum.value[i] += a * b.value[i];
+  return sum;
+}
+inline void store_lanes(float* to, Lanes value) { std::memcpy(to, value.value, sizeof value.value); }
+inline Lanes no_lanes() { return {{0, 0, 0, 0}}; }
+#endif
+constexpr int kWidth = sizeof(Lanes) / sizeof(float), kColumns = kPanel / kWidth;
+
+// `Rows` rows times `Panels` panels; the last panel may have fewer columns.
+template <int Rows, int Panels>
+void multiply_panels(const Multiplication& from, int64_t row, int64_t panel) {
+  Lanes sums[Rows][Panels * kColumns];
+  for (auto& of_row : sums)
+    for (Lanes& sum : of_row) sum = no_lanes();
+  const int64_t dim = from.dim;
+  const float* rows = from.rows + row * dim;
+  const float* packed = from.packed + panel * dim * kPanel;
+  for (int64_t d = 0; d < dim; d++) {
+    Lanes words[Panels * kColumns];
+    for (int p = 0; p < Panels; p++)
+      for (int c = 0; c < kColumns; c++)
+        words[p * kColumns + c] = load_lanes(packed + (p * dim + d) * kPanel + c * kWidth);
+    for (int r = 0; r < Rows; r++)
+      for (int c = 0; c < Panels * kColumns; c++) sums[r][c] = add_product(rows[r * dim + d], words[c], sums[r][c]);
+  }
+  for (int r = 0; r < Rows; r++) {
+    float* products = from.products + (row + r) * from.columns;
+    for (int p = 0; p < Panels; p++) {
+      const int64_t first = (panel + p) * kPanel, left = from.columns - first;
+      float last[kPanel];
+      float* to = left < kPanel ? last : products + first;
+      for (int c = 0; c < kColumns; c++) store_lanes(to + c * kWidth, sums[r][p * kColumns + c]);
+      if (left < kPanel) std::memcpy(products + first, last, sizeof(float) * static_cast<size_t>(left));
+    }
+  }
+}
+
+void multiply(const Multiplication& from) {
+  const int64_t panels = (from.columns + kPanel - 1) / kPanel;
+  const int64_t whole = from.count / kRows * kRows;
+  for (int64_t panel = 0; panel < panels; panel++)
+    for (int64_t row = 0; row < whole; row += kRows) multiply_panels<kRows, 1>(from, row, panel);
+  for (int64_t row = whole; row < from.count; row++) {  // several panels, for else each sum waits for the last
+    int64_t panel = 0;
+    for (; panel + 4 <= panels; panel += 4) multiply_panels<1, 4>(from, row, panel);
+    for (; panel < panels; panel++) multiply_panels<1, 1>(from, row, panel);
+  }
+}
+
 }  // namespace
 
 #if SEMID_ISA == 2
-const Kernel kernel_avx512 = {search, encode, train};
+const Kernel kernel_avx512 = {search, encode, train, multiply};
 #elif SEMID_ISA == 1
-const Kernel kernel_avx2 = {search, encode, train};
+const Kernel kernel_avx2 = {search, encode, train, multiply};
 #else
-const Kernel kernel_plain = {search, encode, train};
+const Kernel kernel_plain = {search, encode, train, multiply};
 #endif
 
 }  // namespace semid

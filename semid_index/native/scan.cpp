@@ -154,7 +154,7 @@ static void take_terms(Owner& owner, const semid_parts& from) {
   index.further_count = static_cast<int32_t>(owner.further.size());
 }
 
-SEMID_API int32_t semid_abi() { return 2; }
+SEMID_API int32_t semid_abi() { return 3; }
 
 // 0 plain, 1 AVX2, 2 AVX-512
 SEMID_API int32_t semid_best_isa() { return best_isa(); }
@@ -274,6 +274,12 @@ SEMID_API int32_t semid_search(const void* handle, const Request* request) try {
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;
+}
+
+// See Multiplication.
+SEMID_API void semid_multiply(const float* rows, int64_t count, int32_t dim, const float* packed, int64_t columns,
+                              float* products, int32_t isa) {
+  kernel(isa).multiply({count, dim, rows, packed, columns, products});
 }
 
 // The words of some items: (count, heads + 1) columns of the products; no first one if the scan reads no first codes.

@@ -116,6 +116,18 @@ struct Training {
   float* codebooks;     // (parts, width, 16): in, where to begin; out, what was learned
 };
 
+constexpr int kPanel = 32;  // columns of a matrix that lie side by side when it is packed
+
+// A product of matrices, in the sums of which terms are added in order, whatever their number of rows.
+struct Multiplication {
+  int64_t count;
+  int32_t dim;
+  const float* rows;    // (count, dim)
+  const float* packed;  // (ceil(columns / kPanel), dim, kPanel), padded with zeros
+  int64_t columns;
+  float* products;      // (count, columns)
+};
+
 struct Kernel {
   // Queries [first, last) of a request.
   void (*search)(const Index&, const Request&, int64_t first, int64_t last, double* seconds);
@@ -123,6 +135,7 @@ struct Kernel {
   void (*encode)(const Encoding&, int64_t first, int64_t last);
   // Parts [first, last).
   void (*train)(const Training&, int64_t first, int64_t last);
+  void (*multiply)(const Multiplication&);
 };
 
 extern const Kernel kernel_plain;
