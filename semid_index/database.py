@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _DUCKDB_MAGIC = b"DUCK"  # at byte 8 of every DuckDB file
+_one_look = threading.Lock()  # two threads that look at a file would each find that it is open
 # DuckDB's errors about values and expressions, as against those about the file or the machine
 USER_ERRORS = (duckdb.DataError, duckdb.NotSupportedError, duckdb.ProgrammingError)
 CONNECT_CONFIG = {
@@ -173,13 +174,14 @@ def make_room(path: Path, *, overwrite: bool) -> None:
 
 def check_not_in_use(path: Path) -> None:
     """Refuse to overwrite an index that is open: whoever has it open would go on writing into a deleted file."""
-    for read_only in (True, False):  # DuckDB refuses another connection of this process if its mode differs
-        try:
-            connect(path, read_only=read_only).close()
-        except IndexLockedError:
-            raise
-        except (IndexFileError, duckdb.Error):
-            continue  # damaged, or no database: it is to be overwritten
+    with _one_look:
+        for read_only in (True, False):  # DuckDB refuses another connection of this process if its mode differs
+            try:
+                connect(path, read_only=read_only).close()
+            except IndexLockedError:
+                raise
+            except (IndexFileError, duckdb.Error):
+                continue  # damaged, or no database: it is to be overwritten
 
 
 def remove_database(path: Path) -> None:
