@@ -515,7 +515,7 @@ def train(
     points = np.ascontiguousarray(points, dtype=np.float32)
     words = np.ascontiguousarray(begin.transpose(0, 2, 1), dtype=np.float32)
     training = _Training(len(points), *points.shape[1:], iterations, points.ctypes.data, words.ctypes.data)
-    if library.semid_train(ctypes.byref(training), threads, KERNELS.index(kernel_name())):
+    if library.semid_train(ctypes.byref(training), threads, _asked_isa()):
         raise MemoryError("There is not enough memory to learn codewords.")
     return np.ascontiguousarray(words.transpose(0, 2, 1))
 
@@ -552,7 +552,7 @@ def encode(
     )
     sizes = (len(rotated), len(codebooks), codebooks.shape[2], columns.shape[1])
     encoding = _Encoding(*sizes, *map(_pointer, arrays))
-    if library.semid_encode(ctypes.byref(encoding), threads, KERNELS.index(kernel_name())):
+    if library.semid_encode(ctypes.byref(encoding), threads, _asked_isa()):
         raise MemoryError("There is not enough memory for the codes of all items.")
     return codes, scalars
 

@@ -709,6 +709,7 @@ inline __m512 entries(const int8_t* row) {
 constexpr int32_t kLanes = 16;
 using Register = __m512;
 inline Register load(const float* x) { return _mm512_loadu_ps(x); }
+inline void store(float* x, Register a) { _mm512_storeu_ps(x, a); }
 inline Register zero() { return _mm512_setzero_ps(); }
 inline Register spread(float x) { return _mm512_set1_ps(x); }
 inline Register multiply_add(Register a, Register b, Register c) { return _mm512_fmadd_ps(a, b, c); }
@@ -726,6 +727,7 @@ inline __m256 entries(const int8_t* row) {
 constexpr int32_t kLanes = 8;
 using Register = __m256;
 inline Register load(const float* x) { return _mm256_loadu_ps(x); }
+inline void store(float* x, Register a) { _mm256_storeu_ps(x, a); }
 inline Register zero() { return _mm256_setzero_ps(); }
 inline Register spread(float x) { return _mm256_set1_ps(x); }
 inline Register multiply_add(Register a, Register b, Register c) { return _mm256_fmadd_ps(a, b, c); }
@@ -742,6 +744,7 @@ inline float entries(const T* row) { return entry(row, 0); }
 constexpr int32_t kLanes = 1;
 using Register = float;
 inline Register load(const float* x) { return *x; }
+inline void store(float* x, Register a) { *x = a; }
 inline Register zero() { return 0; }
 inline Register spread(float x) { return x; }
 inline Register multiply_add(Register a, Register b, Register c) { return a * b + c; }
@@ -1058,51 +1061,25 @@ void encode(const Encoding& from, int64_t first, int64_t last) {
 // As BLAS does it, but in the thread that asks, and in no other: BLAS has threads of its own, which wait for work by
 // turning round, and so take the processor from those that scan.
 
-#if SEMID_ISA == 2
-using Lanes = __m512;
-constexpr int kRows = 12;  // rows
-inline Lanes load_lanes(const float* from) { return _mm512_loadu_ps(from); }
-inline Lanes add_product(float a, Lanes b, Lanes sum) { return _mm512_fmadd_ps(_mm512_set1_ps(a), b, sum); }
-inline void store_lanes(float* to, Lanes value) { _mm512_storeu_ps(to, value); }
-inline Lanes no_lanes() { return _mm512_setzero_ps(); }
-#elif SEMID_ISA == 1
-using Lanes = __m256;
-constexpr int kRows = 3;
-inline Lanes load_lanes(const float* from) { return _mm256_loadu_ps(from); }
-inline Lanes add_product(float a, Lanes b, Lanes sum) { return _mm256_fmadd_ps(_mm256_set1_ps(a), b, sum); }
-inline void store_lanes(float* to, Lanes value) { _mm256_storeu_ps(to, value); }
-inline Lanes no_lanes() { return _mm256_setzero_ps(); }
-#else
-struct Lanes {
-  float value[4];
-};
-constexpr int kRows = 1;
-inline Lanes load_lanes(const float* from) { return {{from[0], from[1], from[2], from[3]}}; }
-inline Lanes add_product(float a, Lanes b, Lanes sum) {
-  for (int i = 0; i < 4; i++) sum.value[i] += a * b.value[i];
-  return sum;
-}
-inline void store_lanes(float* to, Lanes value) { std::memcpy(to, value.value, sizeof value.value); }
-inline Lanes no_lanes() { return {{0, 0, 0, 0}}; }
-#endif
-constexpr int kWidth = sizeof(Lanes) / sizeof(float), kColumns = kPanel / kWidth;
+constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 3 : 1;  // at a time: their sums fill the registers
+constexpr int kColumns = kPanel / kLanes;
 
 // `Rows` rows times `Panels` panels; the last panel may have fewer columns.
 template <int Rows, int Panels>
 void multiply_panels(const Multiplication& from, int64_t row, int64_t panel) {
-  Lanes sums[Rows][Panels * kColumns];
+  Register sums[Rows][Panels * kColumns];
   for (auto& of_row : sums)
-    for (Lanes& sum : of_row) sum = no_lanes();
+    for (Register& sum : of_row) sum = zero();
   const int64_t dim = from.dim;
   const float* rows = from.rows + row * dim;
   const float* packed = from.packed + panel * dim * kPanel;
   for (int64_t d = 0; d < dim; d++) {
-    Lanes words[Panels * kColumns];
+    Register words[Panels * kColumns];
     for (int p = 0; p < Panels; p++)
       for (int c = 0; c < kColumns; c++)
-        words[p * kColumns + c] = load_lanes(packed + (p * dim + d) * kPanel + c * kWidth);
+        words[p * kColumns + c] = load(packed + (p * dim + d) * kPanel + c * kLanes);
     for (int r = 0; r < Rows; r++)
-      for (int c = 0; c < Panels * kColumns; c++) sums[r][c] = add_product(rows[r * dim + d], words[c], sums[r][c]);
+      for (int c = 0; c < Panels * kColumns; c++) sums[r][c] = multiply_add(spread(rows[r * dim + d]), words[c], sums[r][c]);
   }
   for (int r = 0; r < Rows; r++) {
     float* products = from.products + (row + r) * from.columns;
@@ -1110,7 +1087,7 @@ void multiply_panels(const Multiplication& from, int64_t row, int64_t panel) {
       const int64_t first = (panel + p) * kPanel, left = from.columns - first;
       float last[kPanel];
       float* to = left < kPanel ? last : products + first;
-      for (int c = 0; c < kColumns; c++) store_lanes(to + c * kWidth, sums[r][p * kColumns + c]);
+      for (int c = 0; c < kColumns; c++) store(to + c * kLanes, sums[r][p * kColumns + c]);
       if (left < kPanel) std::memcpy(products + first, last, sizeof(float) * static_cast<size_t>(left));
     }
   }
