@@ -82,6 +82,21 @@ def index_file(trained_file: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(trained_file, tmp_path / "index.duckdb"))
 
 
+@pytest.fixture(params=["plain", "avx2", "avx512"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the native kernels that this processor can run."""
+    from semid_index import native
+
+    missing = native.unavailable_because()
+    if missing is not None:
+        pytest.skip(f"no native scan: {missing}")
+    monkeypatch.setenv("SEMID_NATIVE", request.param)
+    if native.kernel_name() != request.param:
+        pytest.skip(f"this processor has no {request.param}")
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="session")
 def start_python() -> Callable[..., subprocess.Popen[str]]:
     """Starts code in a fresh interpreter, which imports what this one does; from ``path`` first, if given."""

@@ -24,17 +24,6 @@ MISSING = native.unavailable_because()
 needs_native = pytest.mark.skipif(MISSING is not None, reason=f"no native scan: {MISSING}")
 
 
-@pytest.fixture(params=native.KERNELS)
-def kernel(request, monkeypatch):
-    """Each of the kernels that this processor can run."""
-    if MISSING is not None:
-        pytest.skip(f"no native scan: {MISSING}")
-    monkeypatch.setenv("SEMID_NATIVE", request.param)
-    if native.kernel_name() != request.param:
-        pytest.skip(f"this processor has no {request.param}")
-    return request.param
-
-
 def scan_data(clustered, metric, *, n=3_000, dim=24, sizes=(16, 16, 8), tier="float32", leaf_size=50, same=0):
     """What an executor gets, and its scorer; ``same``: so many items are copies of the first."""
     vectors = np.array(clustered(n, dim))

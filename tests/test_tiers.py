@@ -21,16 +21,6 @@ MISSING = native.unavailable_because()
 needs_native = pytest.mark.skipif(MISSING is not None, reason=f"no native scan: {MISSING}")
 
 
-@pytest.fixture(params=native.KERNELS)
-def kernel(request, monkeypatch):
-    """Each of the kernels that this processor can run."""
-    if MISSING is not None:
-        pytest.skip(f"no native scan: {MISSING}")
-    monkeypatch.setenv("SEMID_NATIVE", request.param)
-    if native.kernel_name() != request.param:
-        pytest.skip(f"this processor has no {request.param}")
-
-
 def filled(path, rows, ids=None, **options):
     """An index of these vectors."""
     chosen = {"levels": 4, "codebook_size": 32, "leaf_size": 60, **options}
