@@ -30,13 +30,14 @@ class ScannTree(Subject):
 
     @classmethod
     def grid(cls, shape: Shape) -> list[Build]:
-        """By the number of leaves, and whether rows are in two of them."""
+        """By the number of leaves, and whether rows are in two of them, for which ScaNN wants inner products."""
+        both = (False,) if shape.metric == "l2" else (False, True)
         return [
             Build(
                 {"leaves": leaves, "soar": soar},
                 [{"leaves": n, "reorder": r} for n in ladder(1, min(512, leaves)) for r in (40, 100, 200)],
             )
-            for leaves, soar in ((shape.lists(4), False), (shape.lists(4), True), (shape.lists(1), False))
+            for leaves, soar in (*((shape.lists(4), soar) for soar in both), (shape.lists(1), False))
         ]
 
     def build(self, vectors: Vectors, shape: Shape, parameters: Parameters, folder: Path, *, threads: int) -> None:
