@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from semid_index.arrow import fixed_size_list, fixed_size_matrix
 from semid_index.codes import CodeLayout, pack, pack_rest, unpack
 from semid_index.collisions import Below
 from semid_index.database import USER_ERRORS, first_line, read_over, run_over
-from semid_index.errors import InvalidArgumentError
+from semid_index.errors import RESTORE, CorruptIndexError, InvalidArgumentError
 from semid_index.records import CollisionCounts, Uniqueness
 
 if TYPE_CHECKING:
@@ -58,15 +58,24 @@ class Appending:
     """Collects batches in a staging table; :meth:`finish` moves them to their place, sorted."""
 
     def __init__(
-        self, cursor: duckdb.DuckDBPyConnection, layout: CodeLayout, *, next_row: int, replacing: bool
+        self,
+        cursor: duckdb.DuckDBPyConnection,
+        layout: CodeLayout,
+        *,
+        next_row: int,
+        version: int,
+        has_table: Callable[[str], bool],
+        replacing: bool = False,
     ) -> None:
         self._cursor = cursor
         self._layout = layout
+        self._version = version
+        self._has_vectors, self._has_buckets = has_table("semid_vectors"), has_table("semid_buckets")
         self._replacing = replacing
+        self._replaced = self._ranked = False
         self._proposed_levels: int | None = None
         self.next_row = next_row
-        for table in ("semid_staged", *(["semid_replaced"] if replacing else [])):
-            cursor.execute(f"CREATE OR REPLACE TEMP TABLE {table} AS FROM semid_codes LIMIT 0")
+        cursor.execute("CREATE OR REPLACE TEMP TABLE semid_staged AS FROM semid_codes LIMIT 0")
 
     @property
     def _id_order(self) -> str:
@@ -83,10 +92,10 @@ class Appending:
             f"SELECT position, row, {self._id_order}, dup_rank FROM semid_codes JOIN batch USING (id)",
         )
         if found.num_rows:
-            run_over(
-                self._cursor, wanted, "INSERT INTO semid_replaced FROM semid_codes WHERE id IN (SELECT id FROM batch)"
-            )
+            keep = "INSERT INTO semid_replaced" if self._replaced else "CREATE OR REPLACE TEMP TABLE semid_replaced AS"
+            run_over(self._cursor, wanted, f"{keep} FROM semid_codes WHERE id IN (SELECT id FROM batch)")
             run_over(self._cursor, wanted, "DELETE FROM semid_codes WHERE id IN (SELECT id FROM batch)")
+            self._replaced = True
         codes = unpack(found["sid"].to_numpy(), self._layout, rest_of(found))
         positions, rows, ranks = (found[name].to_numpy() for name in ("position", "row", "dup_rank"))
         return Replaced(positions, rows, codes, ranks)
@@ -115,6 +124,7 @@ class Appending:
         codes["checksum"] = checksums.of_codes(batch.rows, batch.ids, batch.sids, batch.rest)
         if batch.ranks is not None:
             codes["dup_rank"] = pa.array(batch.ranks, mask=batch.ranks < 0)
+            self._ranked |= bool((batch.ranks >= 0).any())
         run_over(self._cursor, pa.table(codes), "INSERT INTO semid_staged BY NAME SELECT * FROM batch")
 
     def below(self, prefixes: NDArray[np.integer]) -> Below:
@@ -172,27 +182,47 @@ class Appending:
         """How far items are from their codes, these included."""
         write_meta(self._cursor, drift=sums)
 
+    def claim_ranks(self) -> list[Any]:
+        """Let staged items have the IDs and ``dup_rank`` that they come with, also those that they had here before.
+
+        Gives the ids of some for which that cannot be, since another item has them, or had.
+        """
+        key = [*self._id_order.split(", "), "dup_rank"]
+        names, present = ", ".join(key), f"version = {self._version}"
+        others = " UNION ALL ".join(
+            f"(SELECT id, {names} FROM {source})"
+            for source in ("semid_codes", f"semid_history WHERE {present}", "semid_staged")
+        )
+        found = self._cursor.execute(
+            f"SELECT DISTINCT s.id FROM semid_staged s JOIN ({others}) AS other USING ({names}) "
+            "WHERE other.id <> s.id ORDER BY s.id LIMIT 5"
+        ).fetchall()
+        same = " AND ".join(f"h.{name} = s.{name}" for name in ("id", *key))
+        self._cursor.execute(f"DELETE FROM semid_history h USING semid_staged s WHERE h.{present} AND {same}")
+        return [id for (id,) in found]
+
     def finish(self) -> None:
         """Move the staged codes into ``semid_codes`` in the order of their sids, and number those that share one.
 
         A rank that an item had is not given again, to whichever item.
         """
-        if self._replacing:
+        if self._replaced:
             changed = "(FROM semid_replaced SEMI JOIN (FROM semid_staged WHERE dup_rank IS NULL) USING (id))"
-            write_history(self._cursor, self._id_order, changed)
+            write_history(self._cursor, self._id_order, changed, self._version)
             versions.follow_rows(self._cursor.execute, "semid_replaced", "semid_staged")
-            if tables.has_table(self._cursor.execute, "semid_vectors"):
+            if self._has_vectors:
                 self._cursor.execute("DELETE FROM semid_vectors WHERE row IN (SELECT row FROM semid_replaced)")
             self._cursor.execute("DROP TABLE semid_replaced")
         key = self._id_order.split(", ")
         names = self._id_order
         staged = ", ".join(f"staged.{name}" for name in key)
         same = " AND ".join(f"old.{name} = staged.{name}" for name in key)
-        history = f"(FROM semid_history WHERE version = {versions.PRESENT})"
+        history = f"(FROM semid_history WHERE version = {self._version})"
         given = " UNION ALL ".join(
             f"(SELECT {names}, dup_rank FROM {table} WHERE dup_rank IS NOT NULL)"
-            for table in ("semid_codes", history, "semid_staged")
+            for table in ("semid_codes", history, *(["semid_staged"] if self._ranked else []))
         )
+        ranked = " UNION ALL FROM semid_staged WHERE dup_rank IS NOT NULL" if self._ranked else ""
         self._cursor.execute(f"""
             INSERT INTO semid_codes BY NAME
             WITH old AS (SELECT {names}, max(dup_rank) + 1 AS ranks FROM ({given}) GROUP BY {names}),
@@ -200,10 +230,11 @@ class Appending:
                             (coalesce(old.ranks, 0) - 1 + row_number() OVER (PARTITION BY {staged} ORDER BY staged.row))
                             ::INTEGER AS dup_rank)
                          FROM semid_staged AS staged LEFT JOIN old ON {same} WHERE staged.dup_rank IS NULL)
-            FROM (FROM new UNION ALL FROM semid_staged WHERE dup_rank IS NOT NULL) AS staged
+            FROM (FROM new{ranked}) AS staged
             ORDER BY {staged}, staged.row
             """)
-        tables.add_buckets(self._cursor.execute, self._layout, "semid_staged")
+        if self._has_buckets:
+            tables.add_buckets(self._cursor.execute, self._layout, "semid_staged")
         self._cursor.execute("DROP TABLE semid_staged")
 
     def _add_metadata(self, batch: ItemBatch) -> None:
@@ -307,15 +338,26 @@ def rest_of(codes: pa.Table) -> NDArray[np.integer] | None:
 
 def write_meta(cursor: duckdb.DuckDBPyConnection, **values: Any) -> None:
     """Write some settings, in the transaction of the cursor."""
-    for key, value in values.items():
-        cursor.execute("INSERT OR REPLACE INTO semid_meta VALUES (?, ?)", [key, json.dumps(value)])
+    written = {key: json.dumps(value) for key, value in values.items()}
+    pairs = [part for pair in written.items() for part in pair]
+    cases, marks = "WHEN ? THEN ? " * len(written), ", ".join("?" * len(written))
+    # most are there already, and this takes half the time of INSERT OR REPLACE
+    found = cursor.execute(
+        f"UPDATE semid_meta SET value = CASE key {cases}END WHERE key IN ({marks})", [*pairs, *written]
+    ).fetchall()
+    if found != [(len(written),)]:
+        rows = ", ".join(["(?, ?)"] * len(written))
+        cursor.execute(f"INSERT OR REPLACE INTO semid_meta VALUES {rows}", pairs)
+        # the UPDATE and this find keys by DuckDB's index; if that is damaged, they do not see those that are there
+        if cursor.execute("SELECT count(*) - count(DISTINCT key) FROM semid_meta").fetchall() != [(0,)]:
+            raise CorruptIndexError(f"The index is damaged: DuckDB does not find its settings by their keys. {RESTORE}")
 
 
-def write_history(cursor: duckdb.DuckDBPyConnection, id_columns: str, source: str) -> None:
-    """Keep the IDs of some items, which they have no more from now on."""
+def write_history(cursor: duckdb.DuckDBPyConnection, id_columns: str, source: str, version: int) -> None:
+    """Keep the IDs of some items, of the present version, which they have no more from now on."""
     names = f"id, {id_columns}, dup_rank"
     cursor.execute(
-        f"INSERT INTO semid_history BY NAME SELECT {names}, {versions.PRESENT} AS version, ? AS until FROM {source} "
+        f"INSERT INTO semid_history BY NAME SELECT {names}, {version} AS version, ? AS until FROM {source} "
         f"ORDER BY {id_columns}, dup_rank",
         [datetime.now(UTC).replace(tzinfo=None)],
     )

@@ -88,14 +88,15 @@ def complete_or_nothing(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """Where to write a new index: a file beside ``output`` that takes its place if all goes well, else goes away."""
     if output.exists() and not overwrite:
         raise IndexExistsError(f"{output} exists. Add to it with semid add, or replace it with --overwrite.")
-    part = output.with_name(output.name + ".part")
-    try:
+    from semid_index.database import check_not_in_use, remove_log
+    from semid_index.whole_files import part_of
+
+    if output.exists():
+        check_not_in_use(output)
+    with part_of(output) as part:
         yield part
-        output.with_name(output.name + ".wal").unlink(missing_ok=True)  # of the file that is replaced
+        remove_log(output)  # of the file that is replaced
         part.replace(output)
-    finally:
-        for left in (part, part.with_name(part.name + ".wal")):
-            left.unlink(missing_ok=True)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

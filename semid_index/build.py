@@ -52,7 +52,7 @@ _TAIL_LEAST_ROWS = 256  # with fewer training rows a tail would learn next to no
 _LARGEST_FLOAT16 = 65_504.0
 _CHECKED_AT_ONCE = 50_000
 _PROBED_ROWS = 256  # rows looked at to choose how vectors are written
-_LARGEST_SQUARE = 1e37  # the squared length of a vector, so that squared distances stay within float32
+LARGEST_SQUARE = 1e37  # the squared length of a vector, so that squared distances stay within float32
 _LARGEST_ID = 2**63 - 1
 TAIL_ARRAY = "tail_codebooks"
 
@@ -190,10 +190,7 @@ def add(
         incoming = check_incoming(
             store, vectors, ids, metadata=metadata, batch_size=batch_size, on_bad_vectors=on_bad_vectors
         )
-        if store.id_type is not None and (known := store.existing_ids(incoming.all_ids)):
-            raise DuplicateIdError(
-                f"Ids are in the index already: {_listed(known)}. Leave them out, or use index.upsert.", ids=known
-            )
+        refuse_known(store, incoming)
 
         def write() -> None:
             with writing_items(store, quantizer, policy, tail, incoming) as writer:
@@ -273,6 +270,14 @@ def check_incoming(
     if good is None:
         return Incoming(source, None, all_ids, all_ids, table)
     return Incoming(source, good, all_ids, all_ids.filter(good), None if table is None else table.filter(good))
+
+
+def refuse_known(store: Store, incoming: Incoming) -> None:
+    """Raise :class:`DuplicateIdError` if some of the items are in the index already."""
+    if store.id_type is not None and (known := store.existing_ids(incoming.all_ids)):
+        raise DuplicateIdError(
+            f"Ids are in the index already: {_listed(known)}. Leave them out, or use index.upsert.", ids=known
+        )
 
 
 @contextmanager
@@ -520,9 +525,9 @@ def unusable_rows(vectors: Vectors, metric: Metric) -> NDArray[np.int64]:
     """The rows that have no distances to others: NaN, infinite, far too long, or zero under cosine."""
     squares = np.einsum("ij,ij->i", vectors, vectors)  # which warns of no overflow
     least = np.float32(0) if metric == "cosine" else np.float32(-1)
-    if len(squares) == 1 and least < squares[0] <= _LARGEST_SQUARE:  # a single query has no time to lose
+    if len(squares) == 1 and least < squares[0] <= LARGEST_SQUARE:  # a single query has no time to lose
         return np.empty(0, dtype=np.int64)
-    return np.flatnonzero(~((squares > least) & (squares <= _LARGEST_SQUARE)))  # no comparison with NaN is true
+    return np.flatnonzero(~((squares > least) & (squares <= LARGEST_SQUARE)))  # no comparison with NaN is true
 
 
 def _refuse(rows: NDArray[np.int64], config: IndexConfig, where: str) -> None:
@@ -539,7 +544,7 @@ def allowed(config: IndexConfig) -> str:
     """Which vectors an index takes, in words."""
     zero = "; and under cosine the zero vector has no direction" if config.metric == "cosine" else ""
     large = f"; and float16 reaches up to {_LARGEST_FLOAT16:,.0f}" if config.vectors == "float16" else ""
-    return f"NaN, infinite values and lengths above {math.sqrt(_LARGEST_SQUARE):.0e} are not allowed{zero}{large}."
+    return f"NaN, infinite values and lengths above {math.sqrt(LARGEST_SQUARE):.0e} are not allowed{zero}{large}."
 
 
 def _ids_to_add(store: Store, ids: Any, count: int) -> Any:

@@ -535,6 +535,39 @@ def export(
     write_record(record, format, lambda: f"Wrote the IDs of {items:,} items to {output}: {record['bytes']:,} bytes.")
 
 
+@app.command("import")
+def import_(
+    index: IndexFile,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="What semid export --vectors wrote.", show_default=False)
+    ],
+    format: OutputFormat = None,
+    quiet: Quiet = False,
+) -> None:
+    """Add the items of a file that `semid export --vectors` wrote; they keep the IDs they have there.
+
+    The index has to have the codebooks of the one that the file comes from. The file is .parquet; another program may
+    have left out some of its rows.
+
+    - `semid export catalog.duckdb -o everything.parquet --metadata --vectors`
+    - `semid copy catalog.duckdb part.duckdb --no-items`
+    - `semid import part.duckdb everything.parquet`
+    """
+    import semid_index as semid
+
+    with semid.open(index) as opened:
+        record = {
+            "index": str(index),
+            "imported": opened.import_items(file, progress=bars(quiet)),
+            "items": len(opened),
+        }
+    write_record(
+        record,
+        format,
+        lambda: f"Imported {record['imported']:,} items into {index}, which has {record['items']:,} now.",
+    )
+
+
 @app.command()
 def verify(
     index: IndexFile,
@@ -562,18 +595,23 @@ def verify(
 def copy(
     index: IndexFile,
     new: Annotated[Path, typer.Argument(metavar="NEW", help="The file to write.", show_default=False)],
+    no_items: Annotated[bool, typer.Option("--no-items", help="Only the codebooks.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
     format: OutputFormat = None,
 ) -> None:
     """Write a copy of an index, sorted, and without the space of what was deleted.
 
+    With `--no-items`, an index that gives the same IDs, to add or import other items to.
+
     - `semid copy catalog.duckdb backup.duckdb`
+    - `semid copy catalog.duckdb empty.duckdb --no-items`
     """
     import semid_index as semid
 
     with semid.open(index, read_only=True) as opened:
-        opened.save_copy(new, overwrite=overwrite)
-        record = {"file": str(new), "items": len(opened), "bytes": new.stat().st_size}
+        opened.save_copy(new, items=not no_items, overwrite=overwrite)
+        items = 0 if no_items else len(opened)
+    record = {"file": str(new), "items": items, "bytes": new.stat().st_size}
     write_record(record, format, lambda: f"Copied {record['items']:,} items to {new}: {record['bytes']:,} bytes.")
 
 

@@ -1,17 +1,13 @@
 """Copies of an index, as small as they can be: beside it, or in its place.
 
-A copy is written under another name in the same folder and takes its own when it is complete and on the disk. So
-whatever happens, there is the file that was there before, or the whole new one.
+A copy takes its name when it is complete and on the disk (see ``whole_files``).
 """
 
 from __future__ import annotations
 
 import os
-import re
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,27 +15,44 @@ import numpy as np
 from semid_index.arrow import fixed_size_matrix
 from semid_index.build import uses_all_bits
 from semid_index.database import check_not_in_use, remove_log, sync_file, sync_folder
-from semid_index.errors import IndexFileError, IndexLockedError, ReadOnlyError, StorageError
-from semid_index.export import check_place
+from semid_index.errors import IndexLockedError, ReadOnlyError
 from semid_index.records import CompactReport
 from semid_index.store import Store
+from semid_index.whole_files import new_file, part_of, storage_errors
 
 _PROBED_ROWS = 256  # stored vectors looked at to choose how they are written
 _ATTEMPTS = 3  # copies that compact writes while others go on changing the file
-_parts: set[str] = set()  # files that copies in this process are being written to
 
 
 def save_copy(store: Store, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Write a copy of the index, as it is at one moment, to a file of its own; returns its path."""
     target = Path(path)
-    with _complete(target, f".{target.name}.{uuid.uuid4().hex[:8]}.part") as part:
-        check_place(target, store.path, overwrite=overwrite)
+    with new_file(target, store.path, overwrite=overwrite) as part:
         if target.exists():
             check_not_in_use(target)
-        _remove_leftovers(target)
         store.write_copy(part, target, compress=_compresses(store))
         sync_file(part)
         remove_log(target)  # of the file that is replaced
+        part.replace(target)
+        sync_folder(target)
+    return target
+
+
+def save_codebooks(store: Store, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Write an index with the same codebooks, and without items, to a file of its own; returns its path."""
+    target = Path(path)
+    with new_file(target, store.path, overwrite=overwrite) as part:
+        if target.exists():
+            check_not_in_use(target)
+        empty = Store.create(part, store.config)
+        try:
+            if store.is_trained:
+                report, arrays = store.meta("train_report"), store.learned_arrays()
+                empty.save_training(store.config, report, store.layout, arrays, hierarchical=store.hierarchical)
+        finally:
+            empty.close()
+        sync_file(part)
+        remove_log(target)
         part.replace(target)
         sync_folder(target)
     return target
@@ -66,7 +79,7 @@ def compact(store: Store, release: Callable[[], None]) -> CompactReport:
 def _write_anew(store: Store, path: Path, release: Callable[[], None]) -> None:
     for _ in range(_ATTEMPTS):
         state = store.checkpoint()
-        with _complete(path, f".{path.name}.compact.part") as part:  # one name: what a crash leaves is replaced
+        with storage_errors(path), part_of(path, f".{path.name}.compact.part") as part:
             store.write_copy(part, path, compress=_compresses(store))
             sync_file(part)
             if store.replace_file(part, state, release):
@@ -75,42 +88,6 @@ def _write_anew(store: Store, path: Path, release: Callable[[], None]) -> None:
         f"{path} was changed again and again while it was compacted, by another index that is open on it or a "
         "connection of engine(). Try again when they are done."
     )
-
-
-@contextmanager
-def _complete(target: Path, name: str) -> Iterator[Path]:
-    """Where to write what is to become ``target``: a file beside it, of which nothing is left if that fails."""
-    part = target.with_name(name)
-    _parts.add(os.path.realpath(part))
-    try:
-        _remove_part(part)
-        yield part
-    except IndexFileError:
-        raise
-    except OSError as error:
-        raise StorageError(f"{target} cannot be written: {error.strerror}. Use another path.") from error
-    finally:
-        with suppress(OSError):
-            _remove_part(part)
-        _parts.discard(os.path.realpath(part))
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Remove what earlier copies to the same place left when their processes were killed.
-
-    Another process may be writing one just now: then DuckDB holds a lock on it.
-    """
-    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.part")
-    for part in [entry for entry in target.parent.iterdir() if name.fullmatch(entry.name)]:
-        if os.path.realpath(part) not in _parts:
-            with suppress(OSError, IndexLockedError):
-                check_not_in_use(part)
-                _remove_part(part)
-
-
-def _remove_part(part: Path) -> None:
-    part.unlink(missing_ok=True)
-    remove_log(part)
 
 
 def _compresses(store: Store) -> bool:

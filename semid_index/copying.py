@@ -6,7 +6,7 @@ versions add.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from graphlib import TopologicalSorter
 
 from semid_index.tables import Execute, quoted
@@ -24,13 +24,19 @@ def copy_database(execute: Execute, source: str, target: str, *, plain: Collecti
     compressed, as far as they are written before the transaction ends, in which this is to be called.
     """
     execute(f"COPY FROM DATABASE {quoted(source)} TO {quoted(target)} (SCHEMA)")
+    all_columns = _columns(execute, source)
+    compression = "auto"
+    execute(f"SET force_compression = '{compression}'")
     for schema, table in _tables(execute, source):
-        columns = _columns(execute, source, schema, table)
+        columns = all_columns[schema, table]
         listed = ", ".join(map(quoted, columns))
         names = [f"{quoted(database)}.{quoted(schema)}.{quoted(table)}" for database in (target, source)]
         has_ids = table.startswith(_OURS) and "sid" in columns
         order = f" ORDER BY {', '.join(name for name in _ID_COLUMNS if name in columns)}" if has_ids else ""
-        execute(f"SET force_compression = '{'uncompressed' if table in plain else 'auto'}'")
+        wanted = "uncompressed" if table in plain else "auto"
+        if wanted != compression:
+            compression = wanted
+            execute(f"SET force_compression = '{compression}'")
         execute(f"INSERT INTO {names[0]} ({listed}) SELECT {listed} FROM {names[1]}{order}")
 
 
@@ -51,16 +57,26 @@ def _tables(execute: Execute, database: str) -> list[_Table]:
     return list(TopologicalSorter(needs).static_order())
 
 
-def _columns(execute: Execute, database: str, schema: str, table: str) -> list[str]:
-    """The columns that can be written: all but those that are computed."""
-    name = f"{quoted(database)}.{quoted(schema)}.{quoted(table)}"
-    defaults = {column: default for column, _, _, _, default, _ in execute(f"DESCRIBE {name}").fetchall()}
-    known = execute(
-        f"SELECT column_name, column_default FROM duckdb_columns() WHERE database_name = {_literal(database)} "
-        f"AND schema_name = {_literal(schema)} AND table_name = {_literal(table)} ORDER BY column_index"
+def _columns(execute: Execute, database: str) -> dict[_Table, list[str]]:
+    """The columns of each table that can be written: all but those that are computed."""
+    found = execute(
+        "SELECT schema_name, table_name, column_name, column_default FROM duckdb_columns() "
+        f"WHERE database_name = {_literal(database)} AND NOT internal ORDER BY column_index"
     ).fetchall()
+    known: dict[_Table, dict[str, str | None]] = {}
+    for schema, table, column, default in found:
+        known.setdefault((schema, table), {})[column] = default
+    return {table: _written(execute, database, table, columns) for table, columns in known.items()}
+
+
+def _written(execute: Execute, database: str, table: _Table, columns: Mapping[str, str | None]) -> list[str]:
+    """Those of some columns, given with their defaults, that are not computed."""
+    if not any(columns.values()):
+        return list(columns)
+    name = ".".join(map(quoted, (database, *table)))
+    defaults = {column: default for column, _, _, _, default, _ in execute(f"DESCRIBE {name}").fetchall()}
     # DuckDB lists what computes a column as its default in one place, and not in the other
-    return [column for column, default in known if default is None or defaults[column] is not None]
+    return [column for column, default in columns.items() if default is None or defaults[column] is not None]
 
 
 def _literal(text: str) -> str:

@@ -6,21 +6,22 @@ largest values are known; since IDs with a common prefix lie side by side, whoev
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from semid_index.arrow import fixed_size_list, fixed_size_matrix
-from semid_index.errors import IndexExistsError, IndexFileError, InvalidArgumentError, StorageError
+from semid_index.build import TAIL_ARRAY
+from semid_index.errors import InvalidArgumentError
 from semid_index.records import Tier
 from semid_index.rerank import from_stored
-from semid_index.store import Store, VectorColumn
+from semid_index.store import Store, VectorColumn, fingerprints
+from semid_index.whole_files import new_file
 
 _LEAST_GROUP = 16_384  # rows: half a megabyte of IDs, which is read at once
 _MOST_GROUPS = 1_000  # what a file says of its groups has to be read first
@@ -41,23 +42,14 @@ def export(
     "item_" before its name. ``vectors``: whether to add the stored vectors, as float32.
     """
     target = Path(path)
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-    options = _options(target, store)
     if vectors and store.config.vectors == "none":
         raise InvalidArgumentError('This index has vectors="none", so there are none to write. Leave out vectors=True.')
     vector = _TO_FLOAT32[store.config.vectors] if vectors else None
     columns = _metadata_columns(store, metadata, taken=[*store.id_file_columns(), *(["vector"] if vectors else [])])
-    try:
-        check_place(target, store.path, overwrite=overwrite)
+    options = _options(target, store, columns)
+    with new_file(target, store.path, overwrite=overwrite) as part:
         rows = store.write_ids(part, target, options, metadata=columns, vector=vector)
         part.replace(target)
-    except IndexFileError:
-        raise
-    except OSError as error:
-        raise StorageError(f"{target} cannot be written: {error.strerror}. Use another path.") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
     return rows
 
 
@@ -67,12 +59,12 @@ def rows_per_group(rows: int) -> int:
     return max(_LEAST_GROUP, -(-share // _GROUP_STEP) * _GROUP_STEP)
 
 
-def _options(target: Path, store: Store) -> str:
+def _options(target: Path, store: Store, metadata: Mapping[str, str]) -> str:
     """How DuckDB is to write, by the end of the file's name."""
     ending = target.suffix.lower()
     if ending == ".parquet":
-        said = {f"semid_{name}": value for name, value in _shape(store).items()}
-        pairs = ", ".join(f"{name}: {_literal(value)}" for name, value in said.items())
+        said = {**_shape(store), "metadata": json.dumps(metadata)}
+        pairs = ", ".join(f"semid_{name}: {_literal(value)}" for name, value in said.items())
         group = rows_per_group(len(store))
         return f"FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {group}, KV_METADATA {{{pairs}}}"
     plain = {".csv": "FORMAT csv, HEADER", ".json": "FORMAT json, ARRAY true", ".jsonl": "FORMAT json"}
@@ -91,19 +83,15 @@ def _shape(store: Store) -> Mapping[str, str]:
         "quantizer": config.quantizer,
         "metric": config.metric,
         "dim": str(config.dim),
+        "codebooks": codebooks_digest(store),
     }
 
 
-def check_place(target: Path, index: Path | None, *, overwrite: bool) -> None:
-    """Refuse to write a file where it cannot be, or must not."""
-    if not target.parent.is_dir():
-        raise IndexFileError(f"There is no folder {target.parent}. Create it first.")
-    if target.is_dir():
-        raise IndexExistsError(f"{target} is a folder. Give the path of a file.")
-    if target.exists() and index is not None and target.samefile(index):
-        raise IndexExistsError(f"{target} is the index itself. Give the path of another file.")
-    if target.exists() and not overwrite:
-        raise IndexExistsError(f"{target} exists. Replace it with overwrite=True (--overwrite), or use another path.")
+def codebooks_digest(store: Store) -> str:
+    """What two indexes have in common whose codes mean the same: a hash of all that training learned of codes."""
+    known = store.meta("fingerprints") or fingerprints(store.learned_arrays())  # files of format 1 have none
+    of_codes = {name: digest for name, digest in known.items() if name != TAIL_ARRAY}
+    return hashlib.sha256(json.dumps(of_codes, sort_keys=True).encode()).hexdigest()
 
 
 def _metadata_columns(store: Store, metadata: bool | Sequence[str], *, taken: Sequence[str]) -> dict[str, str]:

@@ -29,7 +29,7 @@ from semid_index import build, lifecycle
 from semid_index.arrow import fixed_size_list
 from semid_index.codes import check_prefix, format_id, parse_prefix, unpack
 from semid_index.collisions import CollisionPolicy, Share, own_quantizer
-from semid_index.compact import compact, save_copy
+from semid_index.compact import compact, save_codebooks, save_copy
 from semid_index.devices import Device, choose_gpu, gpu_state, may_spread, parse_device
 from semid_index.drift import assess
 from semid_index.errors import (
@@ -46,6 +46,7 @@ from semid_index.errors import (
 from semid_index.export import export
 from semid_index.filters import CheckedFilter, check_filter
 from semid_index.gpu import SearchOnGpu, why_not
+from semid_index.importing import import_items
 from semid_index.items import as_ids, check_count, id_type
 from semid_index.live import Live
 from semid_index.metrics import check_metric, normalized
@@ -76,7 +77,7 @@ from semid_index.report.quality import quality
 from semid_index.report.records import QualityReport
 from semid_index.rerank import FileVectors
 from semid_index.retrain import retrain
-from semid_index.search import Rows, SearchRequest, search
+from semid_index.search import Rows, SearchRequest, search, search_one
 from semid_index.segments import SearchState, Snapshot
 from semid_index.sql_search import SEARCHES, SqlSearch, by_codes, searches_in
 from semid_index.store import Store
@@ -419,7 +420,13 @@ class SemanticIndex:
         than k hits come back only where fewer items exist.
         """
         asked = self._place.device if device is None else parse_device(device)
-        request = self._request(query, k, probes, rerank, exact, threads, timeout)
+        queries, single = as_queries(query, dim=self.config.dim, finite=False)
+        if where is None and params is None and exact is False and timeout is None and len(queries) == 1:
+            found = self._search_one(queries, single, (k, probes, rerank), threads, asked)
+            if found is not None:
+                return found
+        self._check_queries(queries, query)
+        request = SearchRequest(queries, single, k, probes, rerank, exact, threads, timeout)
         if where is None:
             if params is not None:
                 raise InvalidArgumentError("params belong to a where expression, and there is none.")
@@ -443,18 +450,34 @@ class SemanticIndex:
             raise FilterError("A condition of SQLAlchemy brings its own values: leave params out.")
         return check_filter(*filter_of(where, self._store.item_columns()), columns)
 
-    def _request(self, query: Any, *options: Any) -> SearchRequest:
-        queries, single = as_queries(query, dim=self.config.dim, finite=False)
+    def _search_one(
+        self,
+        queries: Vectors,
+        single: bool,
+        options: tuple[int, int | None, int | None],
+        threads: int | None,
+        device: Device,
+    ) -> SearchResult | None:
+        """What is found for one query, where nothing stands in the way of the shortest way to search; else None."""
+        if threads is not None and (type(threads) is not int or threads < 1):
+            return None
+        if self._vectors_in != "memory" or self._live.latest is None or choose_gpu(device) is not None:
+            return None
+        return search_one(self._live.now, queries, single, options)
+
+    def _check_queries(self, queries: Vectors, given: Any) -> None:
+        """Refuse queries that cannot be searched for, and none at all."""
         if not len(queries):
             raise InvalidVectorsError("There are no queries: the array has 0 rows. Give one or more.")
         if len(build.unusable_rows(queries, self.config.metric)):  # which NaN and infinite values are, too
-            as_queries(query, dim=self.config.dim)  # these are refused in words of their own
+            as_queries(given, dim=self.config.dim)  # these are refused in words of their own
             self._check_usable(queries, "query")
-        return SearchRequest(queries, single, *options)
 
     def _search_codes(self, query: Any, k: int, *, probes: int | None = None) -> SearchResult:
         """The k items nearest to a query, or to each of a batch, by what their codes decode to."""
-        request = self._request(query, k, probes)
+        queries, single = as_queries(query, dim=self.config.dim, finite=False)
+        self._check_queries(queries, query)
+        request = SearchRequest(queries, single, k, probes)
         if self._live.latest is None:
             self._check_trained()
         if self._vectors_in == "memory":
@@ -600,6 +623,31 @@ class SemanticIndex:
         self._check_trained()
         return export(self._store, path, metadata=metadata, vectors=vectors, overwrite=overwrite)
 
+    def import_items(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        batch_size: int = 50_000,
+        progress: bool | ProgressCallback = False,
+    ) -> int:
+        """Add the items of a file that ``export(path, vectors=True)`` wrote, in one transaction; returns how many.
+
+        Items come with the IDs that they have in the file, and with its metadata. The file is Parquet, of an index with
+        the same codebooks; another program may have left out some of its rows. Raises :class:`InvalidCodesError` for
+        IDs of other codebooks, :class:`DuplicateIdError` for items that are in the index already, and for semantic IDs
+        that, with the same ``dup_rank``, are or were those of other items here.
+        """
+        with self._lock, self._store.unchanging(), progress_callback(progress) as report:
+            return import_items(
+                self._store,
+                self._quantizer,
+                self._policy,
+                self._tail,
+                path,
+                batch_size=batch_size,
+                progress=report,
+            )
+
     def stats(self) -> dict[str, Any]:
         """What the index is and what it costs, in plain values."""
         with self._store.reading():
@@ -662,14 +710,15 @@ class SemanticIndex:
         with self._lock, progress_callback(progress) as callback:
             return verify(self._store, self._quantizer, self._policy, self._tail, sample=sample, progress=callback)
 
-    def save_copy(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    def save_copy(self, path: str | os.PathLike[str], *, items: bool = True, overwrite: bool = False) -> None:
         """Write a copy of the index to a file, as it is at this moment: an index of its own, as small as can be.
 
         Also of an index in memory, which is how to keep one, and of one that is open for reading only. Your own tables
-        come along. Raises :class:`IndexExistsError` if the file exists, unless ``overwrite``, and :class:`StorageError`
+        come along. ``items=False`` copies only the codebooks: an index that gives the same IDs, to add or import other
+        items to. Raises :class:`IndexExistsError` if the file exists, unless ``overwrite``, and :class:`StorageError`
         if it cannot be written; then there is no half of it.
         """
-        save_copy(self._store, path, overwrite=overwrite)
+        (save_copy if items else save_codebooks)(self._store, path, overwrite=overwrite)
 
     def compact(self) -> CompactReport:
         """Give back the space of what was deleted, and sort the items by their IDs again; no ID changes.
@@ -785,8 +834,17 @@ class SemanticIndex:
         stats["device"] = self._device_stats()
         if snapshot is not None:
             stats["leaves"] = sum(len(state.leaves) for state in snapshot.states)
-            stats["memory_bytes"] = snapshot.memory()
+            stats["memory_bytes"] = {
+                **snapshot.memory(),
+                "codebooks": self._learned_bytes(),
+                "database": self._store.memory_bytes(),
+            }
         return stats
+
+    def _learned_bytes(self) -> int:
+        """Bytes of what training learned, which encodes and decodes."""
+        learned = [*self._quantizer.state().values(), *([] if self._tail is None else [self._tail.codebooks])]
+        return sum(array.nbytes for array in learned)
 
     def _device_stats(self) -> dict[str, Any]:
         """Where it is searched, and what would fit on a GPU."""

@@ -180,6 +180,13 @@ class LeafScorer:
     """(n_leaves,)"""
     factor: float
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        numbers = sum(array.nbytes for term in self.terms for array in term if array is not None)
+        scaled = self._scaled_words.nbytes if "_scaled_words" in vars(self) else 0  # only searches in steps need them
+        return self.words.nbytes + scaled + numbers + self.constants.nbytes
+
     def table(self, queries: Vectors) -> NDArray[np.float32]:
         """Each query times each word: (q, m)."""
         products: NDArray[np.float32] = queries @ self._scaled_words

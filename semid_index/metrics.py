@@ -41,10 +41,15 @@ def check_metric(metric: str) -> Metric:
 
 def normalized(vectors: Vectors) -> Vectors:
     """The vectors at length 1; a zero vector stays zero."""
+    return vectors / divisors(vectors)[:, None]
+
+
+def divisors(vectors: Vectors) -> NDArray[np.float32]:
+    """What vectors (n, dim) are divided by to be at length 1: (n,); a zero vector by 1."""
     lengths: NDArray[np.float32] = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
     if not lengths.all():
         lengths[lengths == 0] = 1
-    return vectors / lengths[:, None]
+    return lengths
 
 
 def distances(queries: Vectors, vectors: Vectors, metric: Metric) -> NDArray[np.float32]:

@@ -22,7 +22,7 @@ from semid_index.codes import unpack
 from semid_index.devices import cores
 from semid_index.lookup import LeafScorer, Leaves, Matches, Probes
 from semid_index.metrics import normalized
-from semid_index.native import NativeIndex, Scanned, ScanParts
+from semid_index.native import NativeIndex, Scanned, ScannedOne, ScanParts, Wanted
 from semid_index.quantizer import Vectors
 from semid_index.rerank import Distances, FileVectors, MemoryVectors, Positions, ScanData, VectorsByPosition, smallest
 
@@ -86,13 +86,18 @@ class NativeScan:
         matches: Matches | None,
         shown: int,
         threads: int,
+        lengths: NDArray[np.float32] | None = None,
     ) -> Scanned:
         """The k nearest of the best ``rerank`` items of the best leaves, by exact distances.
 
         Leaves are chosen as :func:`semid_index.lookup.choose_probes` does it. ``shown``: leaves to name, best first.
+        ``lengths`` (q,): queries are divided by these first.
         """
+        if lengths is not None and self._vectors is not None:
+            queries, lengths = queries / lengths[:, None], None
         found = self._index.search(
             queries,
+            lengths=lengths,
             k=None if self._vectors is not None else k,
             keep=rerank,
             goal=max(k, 0 if probes else budget),
@@ -103,6 +108,19 @@ class NativeScan:
             threads=threads,
         )
         return found if self._vectors is None else _reranked(found, queries, self._vectors, k)
+
+    def search_for_one(
+        self, k: int, *, rerank: int, budget: int, probes: int | None, matches: Matches | None
+    ) -> Callable[[Vectors, float], ScannedOne] | None:
+        """The same for one query (dim,), divided by its length: a function, for many such queries.
+
+        None if exact distances are not computed in compiled code.
+        """
+        if self._vectors is not None:
+            return None
+        counts, allowed = (None, None) if matches is None else (matches.counts, matches.allowed)
+        wanted = Wanted.of(k, rerank, max(k, 0 if probes else budget), probes or 1, counts, allowed)
+        return partial(self._index.search_one, wanted)
 
     @property
     def leaf_distances(self) -> Callable[[Vectors, NDArray[np.float32], str], NDArray[np.float32]]:
@@ -227,12 +245,12 @@ def _learn_space(data: ScanData, vectors: VectorsByPosition, words: Words, threa
     around = rows - mean
     directions = _eigenvectors(around.T @ around)[1][:, :kept]
     # 2. among these, the axes of what is left over, dealt out so that each part has much and little of it
-    inside = left @ directions.astype(np.float32)
+    inside = native.Multiplier(directions, threads=threads).times(left)
     sizes, axes = _eigenvectors(inside.T @ inside / len(inside))
     rotation = np.zeros((vectors.dim, parts * width), dtype=np.float32)
     rotation[:, _dealt(sizes, parts, width)] = directions @ axes
     centre = np.zeros_like(mean) if data.metric == "ip" else mean
-    points = (left @ rotation).reshape(len(left), parts, width)
+    points = native.Multiplier(rotation, threads=threads).times(left).reshape(len(left), parts, width)
     begin = points[rng.choice(len(points), 16, replace=False)].transpose(1, 0, 2)
     return _Space(rotation, centre, native.train(points, begin, iterations=_ITERATIONS, threads=threads))
 
@@ -264,13 +282,14 @@ def _encode(
     codes = np.empty((vectors.count, -(-len(space.codebooks) // 2)), dtype=np.uint8)
     scalars = np.empty(vectors.count, dtype=np.float32)
     rotated_words, centre = words.words @ space.rotation, space.centre @ space.rotation
+    rotate = native.Multiplier(space.rotation, threads=threads).times
     # the same memory for all batches: new memory of this size would be fetched from the system, page by page, each time
     centred, turned = (np.empty((_BATCH, width), dtype=np.float32) for width in space.rotation.shape)
     for batch, taken in vectors.batches(_BATCH):
         rows = np.subtract(_comparable(taken, vectors.metric), space.centre, out=centred[: len(taken)])
         columns = words.columns_of(data, batch)
         lengths = np.einsum("ij,ij->i", rows, rows)
-        rotated = np.matmul(rows, space.rotation, out=turned[: len(taken)])
+        rotated = rotate(rows, out=turned[: len(taken)])
         codes[batch], scalars[batch] = native.encode(
             rotated, lengths, columns, rotated_words, centre, space.codebooks, threads=threads
         )

@@ -12,12 +12,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from semid_index.build import LARGEST_SQUARE
 from semid_index.devices import cores
 from semid_index.errors import InvalidArgumentError, SearchTimeoutError
 from semid_index.items import check_count
 from semid_index.lookup import Leaves, Matches, Probes, choose_probes
-from semid_index.metrics import normalized
-from semid_index.native import Scanned
+from semid_index.metrics import divisors, normalized
+from semid_index.native import Scanned, ScannedOne, opened_leaves
 from semid_index.quantizer import Vectors
 from semid_index.records import Metric, Probe, SearchResult, SearchTrace
 from semid_index.rerank import Distances, Positions, faiss_threads, faiss_works, search_matches, smallest
@@ -26,8 +27,12 @@ from semid_index.segments import SearchState, Segment, Snapshot
 from semid_index.vector_lists import VectorListExecutor, candidates_for
 
 Rows = NDArray[np.int64]
+Lengths = NDArray[np.float32] | None
 
 _BLOCK = 1_024  # queries carried through all steps at once, at most; time is looked at in between
+_NATIVE_BLOCK = 8_192  # the same where compiled code carries out all steps, and deals out queries to threads
+_COUNTS = (int, type(None))
+_PREPARED = 64  # choices of options that a snapshot remembers
 _BLOCK_CANDIDATES = 1 << 24  # candidates that a block of queries may have: 200 MB
 _FIRST_TIMED_BLOCK = 16  # queries, where there is a timeout
 _TIMED_BLOCK_SECONDS = 0.1  # that the blocks after it are to take
@@ -214,18 +219,52 @@ def search(
             parts = _parts(snapshot, request, rows)
     k = min(int(request.k), sum(map(len, parts)))
     blocks: list[_Hits] = []
-    for block in _blocks(request, k, clock) if k else ():
-        queries = request.queries[block]
+    natively = all(_native_scan(part) for part in parts if len(part))
+    for block in _blocks(request, k, clock, _NATIVE_BLOCK if natively else _BLOCK) if k else ():
+        queries, lengths = request.queries[block], None
         if parts[0].state.config.metric == "cosine":
-            queries = normalized(queries)
-        blocks.append(_search_block(parts, request, queries, k, clock))
+            if natively:  # divided by them there, each by the thread that searches for it
+                lengths = divisors(queries)
+            else:
+                queries = normalized(queries)
+        blocks.append(_search_block(parts, request, queries, lengths, k, clock))
     clock.check()
     return _result(snapshot, parts, request, blocks, clock, filtered=match is not None)
 
 
-def _blocks(request: SearchRequest, k: int, clock: _Clock) -> Iterator[slice]:
+def search_one(
+    load: Callable[[], Snapshot], queries: Vectors, single: bool, options: tuple[int, int | None, int | None]
+) -> SearchResult | None:
+    """What :func:`search` finds for one query (1, dim), in less time; None where it takes more than one native call.
+
+    ``load``: gives a snapshot of items whose vectors are in memory. ``options``: k, probes and rerank.
+    """
+    started = time.perf_counter()
+    k, probes, rerank = options
+    if type(k) is not int or type(probes) not in _COUNTS or type(rerank) not in _COUNTS:
+        return None
+    snapshot = load()
+    cosine = snapshot.segments[0].state.config.metric == "cosine"
+    square = float(np.einsum("ij,ij->i", queries, queries)[0])
+    if not (0 < square <= LARGEST_SQUARE or (square == 0 and not cosine)):
+        return None
+    prepared = snapshot.prepared
+    one: _OneQuery | None = prepared.get(options)
+    if one is None:
+        if options in prepared:
+            return None
+        if len(prepared) >= _PREPARED:
+            prepared.clear()
+        request = SearchRequest(queries.copy(), True, k, probes, rerank)
+        one = prepared[options] = _OneQuery.prepare(snapshot, request)
+        if one is None:
+            return None
+    return one.search(snapshot, queries[0], math.sqrt(square) if cosine else 1.0, single, started)
+
+
+def _blocks(request: SearchRequest, k: int, clock: _Clock, most: int) -> Iterator[slice]:
     """The queries, block by block: few at once if each has many candidates, or if a block must not take long."""
-    most = max(1, min(_BLOCK, _BLOCK_CANDIDATES // max(k, int(request.rerank or _RERANK_PER_HIT * k))))
+    most = max(1, min(most, _BLOCK_CANDIDATES // max(k, int(request.rerank or _RERANK_PER_HIT * k))))
     size = most if request.timeout is None else min(most, _FIRST_TIMED_BLOCK)
     start = 0
     while start < len(request.queries):
@@ -297,9 +336,11 @@ def _filtered_plan(segment: Segment, request: SearchRequest, matches: Matches) -
     return _Plan("matches", budget, text)
 
 
-def _search_block(parts: list[_Part], request: SearchRequest, queries: Vectors, k: int, clock: _Clock) -> _Hits:
+def _search_block(
+    parts: list[_Part], request: SearchRequest, queries: Vectors, lengths: Lengths, k: int, clock: _Clock
+) -> _Hits:
     """The k nearest items of all parts."""
-    found = [_search_part(part, request, queries, min(k, len(part)), clock) for part in parts if len(part)]
+    found = [_search_part(part, request, queries, lengths, min(k, len(part)), clock) for part in parts if len(part)]
     if len(found) == 1:
         return found[0]
     with clock.step("merge"):
@@ -316,11 +357,20 @@ def _search_block(parts: list[_Part], request: SearchRequest, queries: Vectors, 
     )
 
 
-def _search_part(part: _Part, request: SearchRequest, queries: Vectors, k: int, clock: _Clock) -> _Hits:
+def _native_scan(part: _Part) -> NativeScan | None:
+    """What carries out all steps in compiled code, if that is how the part is searched."""
+    if part.plan.way != "scan" or len(part) < _NEARLY_ALL * len(part.state):
+        return None
+    executor = part.state.executor
+    return executor if isinstance(executor, NativeScan) else None
+
+
+def _search_part(
+    part: _Part, request: SearchRequest, queries: Vectors, lengths: Lengths, k: int, clock: _Clock
+) -> _Hits:
     """The k nearest items of a part, numbered through all of them."""
-    state, plan = part.state, part.plan
-    if plan.way == "scan" and isinstance(state.executor, NativeScan) and len(part) >= _NEARLY_ALL * len(state):
-        return _search_natively(part, state.executor, request, queries, k, clock)
+    if (executor := _native_scan(part)) is not None:
+        return _search_natively(part, executor, request, queries, lengths, k, clock)
     with faiss_threads(request.threads):
         return _search_in_steps(part, request, queries, k, clock)
 
@@ -364,7 +414,13 @@ def _threads(request: SearchRequest) -> int:
 
 
 def _search_natively(
-    part: _Part, executor: NativeScan, request: SearchRequest, queries: Vectors, k: int, clock: _Clock
+    part: _Part,
+    executor: NativeScan,
+    request: SearchRequest,
+    queries: Vectors,
+    lengths: Lengths,
+    k: int,
+    clock: _Clock,
 ) -> _Hits:
     """The k nearest items of a part: leaves chosen, scanned and re-ranked in one call."""
     rerank = _rerank(part.state, request, k)
@@ -378,6 +434,7 @@ def _search_natively(
         matches=part.matches,
         shown=_SHOWN_PROBES if request.single else 0,
         threads=_threads(request),
+        lengths=lengths,
     )
     _, scan, reranking = found.seconds.tolist()
     clock.book_parts("lookup", time.perf_counter() - before, scan=scan, rerank=reranking)
@@ -387,21 +444,112 @@ def _search_natively(
         found.opened,
         found.candidates,
         float(min(rerank, max(found.candidates.tolist()))),
-        _native_probes(part.state, executor, queries[0], found) if request.single else tuple,
+        _native_probes(part.state, executor, queries, lengths, found) if request.single else tuple,
     )
 
 
 def _native_probes(
-    state: SearchState, executor: NativeScan, query: Vectors, found: Scanned
+    state: SearchState, executor: NativeScan, queries: Vectors, lengths: Lengths, found: Scanned
 ) -> Callable[[], tuple[Probe, ...]]:
     leaves, metric, distances = state.leaves, state.config.metric, executor.leaf_distances
-    query = query.copy()  # its owner may change it
+    query = queries[0].copy() if lengths is None else queries[0] / lengths[0]  # its owner may change it
 
     def shown() -> tuple[Probe, ...]:
         chosen = found.leaves[0][found.leaves[0] >= 0]
         return _written(leaves, chosen, distances(query, found.scores[0, : len(chosen)], metric))
 
     return shown
+
+
+@lru_cache(maxsize=64)
+def _offsets_of_one(hits: int) -> NDArray[np.int64]:
+    """Of the results of one query with so many hits."""
+    offsets = np.array([0, hits])
+    offsets.setflags(write=False)
+    return offsets
+
+
+class _OneQuery:
+    """Searches for one query at a time, with the same options in the same snapshot; what can be, is worked out before.
+
+    It holds the part that it searches, and not the snapshot, which holds it.
+    """
+
+    def __init__(
+        self,
+        part: _Part,
+        request: SearchRequest,
+        scan: Callable[[Vectors, float], ScannedOne],
+        leaf_distances: Callable[[Vectors, NDArray[np.float32], str], NDArray[np.float32]],
+    ) -> None:
+        self._part, self._request, self._scan, self._leaf_distances = part, request, scan, leaf_distances
+        self._rerank = _rerank(part.state, request, min(request.k, len(part)))
+
+    @classmethod
+    def prepare(cls, snapshot: Snapshot, request: SearchRequest) -> _OneQuery | None:
+        """None unless compiled code carries out all steps, in a single segment."""
+        if len(snapshot.segments) != 1:
+            return None
+        (part,) = _parts(snapshot, request, None)
+        executor, k = _native_scan(part), min(request.k, len(part))
+        if executor is None or not k:
+            return None
+        scan = executor.search_for_one(
+            k,
+            rerank=_rerank(part.state, request, k),
+            budget=part.plan.budget,
+            probes=request.probes,
+            matches=part.matches,
+        )
+        return None if scan is None else cls(part, request, scan, executor.leaf_distances)
+
+    def search(self, snapshot: Snapshot, query: Vectors, length: float, single: bool, started: float) -> SearchResult:
+        """The hits of a query (dim,), which is divided by its length; ``single``: whether it came alone."""
+        loaded = time.perf_counter()
+        found = self._scan(query, length)
+        searched = time.perf_counter()
+        hits, distances = found.positions, found.distances
+        if hits[-1] < 0:
+            filled = hits >= 0
+            hits, distances = hits[filled], distances[filled]
+        ids = snapshot.ids_at(hits)
+        times = started, loaded, searched, time.perf_counter()
+        return SearchResult(
+            ids,
+            distances,
+            partial(snapshot.codes_at, hits),
+            _offsets_of_one(len(hits)),
+            single,
+            partial(self._trace, found, length, single, times),
+        )
+
+    def _trace(
+        self, found: ScannedOne, length: float, single: bool, times: tuple[float, float, float, float]
+    ) -> SearchTrace:
+        started, loaded, searched, ended = times
+        clock = _Clock(None)
+        clock.book("load", loaded - started)
+        _, scan, reranking = found.seconds
+        clock.book_parts("lookup", searched - loaded, scan=scan, rerank=reranking)
+        clock.book("ids", ended - searched)
+        candidates, opened = found.counts
+        hits = _Hits(
+            found.positions[np.newaxis],
+            found.distances[np.newaxis],
+            np.array([opened]),
+            np.array([candidates]),
+            float(min(self._rerank, candidates)),
+            partial(self._probes, found, length) if single else tuple,
+        )
+        seconds = dict(clock.seconds, total=ended - started)
+        return _trace([self._part], self._request, [hits], seconds, filtered=False)
+
+    def _probes(self, found: ScannedOne, length: float) -> tuple[Probe, ...]:
+        state, dim = self._part.state, self._part.state.config.dim
+        chosen, scores = opened_leaves(found.opened[dim:])
+        query = found.opened[:dim] / np.float32(length)
+        distances = self._leaf_distances(query, scores[:_SHOWN_PROBES], state.config.metric)
+        return _written(state.leaves, chosen[:_SHOWN_PROBES], distances)
 
 
 def _scan(
@@ -476,8 +624,8 @@ def _result(
     else:
         found, near = np.empty((queries, 0), dtype=np.int64), np.empty((queries, 0), dtype=np.float32)
     hits, distances, width = found.ravel(), near.ravel(), found.shape[1]
-    if request.single and -1 not in hits.tolist():
-        offsets = np.array([0, width])
+    if width and (found >= 0).all():  # nearly always
+        offsets = np.arange(0, len(hits) + 1, width)
     else:
         hit = found >= 0
         hits, distances = found[hit], near[hit]

@@ -149,7 +149,7 @@ class SearchState:
 
     def prepare(self) -> SearchState:
         """Read all that a search needs, at the same moment, so that it belongs together."""
-        _ = self.vectors, self.ids
+        _ = self.ids, self.vectors  # vectors last: once they are read, DuckDB lets go of what it holds of the file
         if not self.few:
             _ = self.scorer, self.executor
             self._let_go()
@@ -200,12 +200,9 @@ class SearchState:
         if ids is not None:
             parts["ids"] = int(ids.nbytes)
         if "scorer" in loaded:
-            parts["leaves"] = (
-                self.leaves.starts.nbytes
-                + self.leaves.lowest.nbytes
-                + self.leaves.bits.nbytes
-                + 2 * self.scorer.words.nbytes
-            )
+            leaves = self.leaves
+            held = (leaves.starts, leaves.lowest, leaves.bits)
+            parts["leaves"] = sum(array.nbytes for array in held) + self.scorer.nbytes
         if "places" in loaded:
             parts["positions"] = self.places.nbytes
         return parts
@@ -271,6 +268,11 @@ class Snapshot:
     def starts(self) -> NDArray[np.int64]:
         """(segments,) what to add to a position in a segment to number it through all segments."""
         return np.cumsum([0, *(len(segment.state) for segment in self.segments[:-1])])
+
+    @cached_property
+    def prepared(self) -> dict[Any, Any]:
+        """What searches have worked out for all others with the same options. Nothing in it may hold the snapshot."""
+        return {}
 
     @property
     def states(self) -> tuple[SearchState, ...]:

@@ -71,13 +71,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _CODEBOOK_NAME = re.compile(r"codebook_(\d+)")
-_READ_BATCH = 65_536
+_READ_BYTES = 4 << 20  # of vectors, were they float32, that are read at a time
+_READ_AHEAD = 1 << 20  # bytes of them that DuckDB may have ready; 2.0 would have ten times as many
+_CHUNK = 2_048  # rows that DuckDB carries through a query together
 _JOINS_PER_MAP = 16  # searches with a filter, since the last write, that are worth a map of the table items
 _ATTEMPTS = 8  # at a write that conflicts with somebody else's
 _FIRST_WAIT = 0.01  # seconds before the second attempt; each further one waits twice as long
 _MOST_MOVED = 1_000  # items that are looked up by id where the map is wrong, before it is given up
 _LEAST_MEMORY = 512 << 20  # bytes that DuckDB may hold while it writes or reads vectors
-_KEPT_MEMORY = 4 << 20  # bytes that it may go on holding afterwards
+_KEPT_MEMORY = 1 << 20  # bytes that it may go on holding afterwards
 _T = TypeVar("_T")
 _numbers = count(1)  # for names that no other connection of the process uses
 
@@ -150,6 +152,7 @@ class Store:
         self._moments = threading.local()
         self._known_code_columns: dict[str, str] = {}
         self._known_columns: dict[tuple[str, str], bool] = {}
+        self._known_tables: set[str] = set()
         self._item_places: ItemPlaces | None = None
         self._joins = _JOINS_PER_MAP  # the first search with a filter reads the map, as a search reads all it needs
         self._old_version: int | None = None
@@ -391,10 +394,12 @@ class Store:
             cursor.execute(f"CREATE OR REPLACE VIEW semantic_ids AS {query}")
             tables.create_map_view(cursor.execute, kept_versions(cursor.execute))
             write_meta(cursor, version=version + 1, collisions=None)
-            appending = Appending(cursor, layout, next_row=self.next_row, replacing=False)
+            appending = Appending(
+                cursor, layout, next_row=self.next_row, version=version + 1, has_table=self._has_table
+            )
             yield appending
             appending.finish()
-            _create_macros(cursor, config, layout, hierarchical=hierarchical)
+            _create_macros(cursor, config, layout, hierarchical=hierarchical, known=self.meta("macros"))
 
     def drop_version(self, version: int) -> None:
         """Remove an older version of the IDs."""
@@ -414,7 +419,14 @@ class Store:
                 if id_type != "int":  # training made the tables for integers
                     _create_item_tables(cursor, self.config, self.layout, id_type, hierarchical=self.hierarchical)
                 write_meta(cursor, id_type=id_type)
-            appending = Appending(cursor, self.layout, next_row=self.next_row, replacing=replacing)
+            appending = Appending(
+                cursor,
+                self.layout,
+                next_row=self.next_row,
+                version=self.version,
+                has_table=self._has_table,
+                replacing=replacing,
+            )
             yield appending
             appending.finish()
             write_meta(cursor, next_row=appending.next_row)
@@ -430,7 +442,7 @@ class Store:
                 wanted,
                 "CREATE OR REPLACE TEMP TABLE semid_deleted AS FROM semid_codes SEMI JOIN batch USING (row)",
             )
-            write_history(cursor, self._id_order, "semid_deleted")
+            write_history(cursor, self._id_order, "semid_deleted", self.version)
             for table, key in (("semid_vectors", "row"), ("items", "id"), ("semid_codes", "row")):
                 if table != "semid_vectors" or self._has_table(table):
                     cursor.execute(f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM semid_deleted)")
@@ -667,11 +679,12 @@ class Store:
                     f"{RESTORE}"
                 ) from error
         if self._has_table("semid_codebook"):
-            codebooks = self.arrow("SELECT level, codeword FROM semid_codebook ORDER BY level, code")
-            levels = numpy_column(codebooks["level"])
+            codebooks = self.arrow("SELECT level, code, codeword FROM semid_codebook")
+            levels, codes = numpy_column(codebooks["level"]), numpy_column(codebooks["code"])
             words = fixed_size_matrix(codebooks["codeword"])
+            order = np.lexsort((codes, levels))  # sorting such wide rows, DuckDB takes ten times their size
             for level in np.unique(levels):
-                arrays[f"codebook_{level}"] = words[levels == level]
+                arrays[f"codebook_{level}"] = words[order[levels[order] == level]]
         return arrays
 
     def codes(self, rows: range | None = None) -> StoredCodes:
@@ -742,11 +755,17 @@ class Store:
     def vector_batches(
         self, *columns: str, rows: range | None = None
     ) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
-        """The rows and the named columns of ``semid_vectors``, some ten thousand items at a time."""
+        """The rows and the named columns of ``semid_vectors``, some thousand items at a time.
+
+        Not more: threads of DuckDB make batches in advance, and what they have allocated, C libraries keep for them.
+        """
         names = self._with_checksums(columns)
+        together = max(1, _READ_BYTES // (4 * self.config.dim * _CHUNK)) * _CHUNK
         with errors_translated(self.path), self._reading_settings():
-            relation = self._reader().sql(f"SELECT row, {', '.join(names)} FROM semid_vectors{_where_row(rows)}")
-            for batch in batches(relation, _READ_BATCH):
+            reader = self._reader()
+            reader.execute(f"SET streaming_buffer_size = '{_READ_AHEAD >> 20}MiB'")
+            relation = reader.sql(f"SELECT row, {', '.join(names)} FROM semid_vectors{_where_row(rows)}")
+            for batch in batches(relation, together):
                 numbers = numpy_column(batch.column(0))
                 found = {name: numpy_column(batch.column(i)) for i, name in enumerate(names, 1)}
                 self._check_vectors(numbers, found)
@@ -978,6 +997,10 @@ class Store:
         items, different = self._fetch(f"SELECT coalesce(sum(n), 0), count(*) FROM ({ids})")[0]
         return 1 - different / int(items) if items else 0.0
 
+    def memory_bytes(self) -> int:
+        """What DuckDB holds in memory: blocks of the file that it has read, or all that an index without a file has."""
+        return int(self._fetch("SELECT coalesce(sum(memory_usage_bytes), 0) FROM duckdb_memory()")[0][0])
+
     def file_bytes(self) -> int:
         """The size of the file with its write-ahead log; 0 for an index in memory."""
         if self.path is None:
@@ -1077,7 +1100,19 @@ class Store:
             return self._reader().execute(query, params or []).fetchall()
 
     def _has_table(self, name: str) -> bool:
-        return bool(self._fetch("SELECT 1 FROM duckdb_tables() WHERE table_name = ? AND NOT internal", [name]))
+        """Whether the index has a table. One that it has it keeps.
+
+        Not looked up in the list of all tables: before DuckDB gives that for the first time, it makes all its own
+        views, which takes as long as opening the file.
+        """
+        if name not in self._known_tables:
+            with errors_translated(self.path):
+                try:
+                    self.cursor().execute(f"SELECT 1 FROM {name} LIMIT 0").fetchall()
+                except duckdb.CatalogException:
+                    return False
+            self._known_tables.add(name)
+        return True
 
     def _format_version(self) -> int:
         if not self._has_table("semid_meta"):
@@ -1200,12 +1235,20 @@ def _macros_fingerprint(statements: Iterable[str]) -> str:
 
 
 def _create_macros(
-    cursor: duckdb.DuckDBPyConnection, config: IndexConfig, layout: CodeLayout, *, hierarchical: bool
+    cursor: duckdb.DuckDBPyConnection,
+    config: IndexConfig,
+    layout: CodeLayout,
+    *,
+    hierarchical: bool,
+    known: str | None = None,
 ) -> None:
+    """Write the macros, unless those that are there, which have the fingerprint ``known``, are the same."""
     statements = _macros(cursor, config, layout, hierarchical=hierarchical)
+    if (fingerprint := _macros_fingerprint(statements)) == known:
+        return
     for statement in statements:
         cursor.execute(statement)
-    write_meta(cursor, macros=_macros_fingerprint(statements))
+    write_meta(cursor, macros=fingerprint)
 
 
 def _insert_codebook(cursor: duckdb.DuckDBPyConnection, level: int, codebook: NDArray[np.float32]) -> None:

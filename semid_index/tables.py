@@ -150,8 +150,9 @@ def create_history_table(execute: Execute, layout: CodeLayout, id_type: IdType) 
 
 
 def add_buckets(execute: Execute, layout: CodeLayout, source: str = "semid_codes") -> None:
-    """Write down the buckets of the items in ``source`` that are new. Does nothing in an index without buckets."""
-    if not has_table(execute, "semid_buckets"):
+    """Write down the buckets of the items in ``source`` that are new. The index has a table for them."""
+    new = f"(SELECT DISTINCT bucket FROM {source} ANTI JOIN semid_buckets USING (bucket))"
+    if not execute(f"SELECT 1 FROM {new} LIMIT 1").fetchall():  # most often; what follows takes several times as long
         return
     codes = bucket_expressions(layout)[: codeword_levels(execute)]
     words = [f"w{level}" for level in range(1, len(codes) + 1)]
@@ -161,10 +162,7 @@ def add_buckets(execute: Execute, layout: CodeLayout, source: str = "semid_codes
     )
     # |w1 + w2 + ...|^2, from the products of all pairs
     products = " + ".join(f"array_inner_product({a}.codeword, {b}.codeword)" for a in words for b in words)
-    execute(
-        f"INSERT INTO semid_buckets SELECT bucket, {products} "
-        f"FROM (SELECT DISTINCT bucket FROM {source} ANTI JOIN semid_buckets USING (bucket)) {joins}"
-    )
+    execute(f"INSERT INTO semid_buckets SELECT bucket, {products} FROM {new} {joins}")
 
 
 def codeword_levels(execute: Execute) -> int:

@@ -387,7 +387,7 @@ class Hdf5Source(VectorSource):
     @contextmanager
     def _dataset(self) -> Iterator[Any]:
         h5py = _import_h5py()
-        with _reading(self._path), h5py.File(self._path, "r") as file:
+        with reading_file(self._path), h5py.File(self._path, "r") as file:
             dataset = file.get(self._name)
             if not isinstance(dataset, h5py.Dataset):
                 raise InvalidArgumentError(
@@ -449,7 +449,7 @@ def _refuse_column(column: str | None, where: str) -> None:
 
 
 @contextmanager
-def _reading(path: Path, error: type[SemidError] = InvalidVectorsError) -> Iterator[None]:
+def reading_file(path: Path, error: type[SemidError] = InvalidVectorsError) -> Iterator[None]:
     """Errors of the libraries that parse files, as one of ours that names the file."""
     try:
         yield
@@ -474,7 +474,7 @@ def _changed(what: str) -> InvalidVectorsError:
 
 
 def _open_npy(path: Path) -> VectorSource:
-    with _reading(path):
+    with reading_file(path):
         return ArraySource(_map_npy(path), str(path))
 
 
@@ -510,7 +510,7 @@ def _open_bin(dtype: str) -> Callable[[Path], VectorSource]:
     """A reader of the big-ann files: the number of rows, that of dimensions, both uint32, then the values."""
 
     def open_bin(path: Path) -> VectorSource:
-        with _reading(path):
+        with reading_file(path):
             header = np.fromfile(path, "<u4", count=2)
             if len(header) < 2:
                 raise ValueError("it is shorter than its header of 8 bytes.")
@@ -525,7 +525,7 @@ def _open_vecs(dtype: str) -> Callable[[Path], VectorSource]:
     """A reader of the TEXMEX files: each vector follows its number of dimensions, an int32."""
 
     def open_vecs(path: Path) -> VectorSource:
-        with _reading(path):
+        with reading_file(path):
             size = path.stat().st_size
             first = np.fromfile(path, "<i4", count=1)
             dim = int(first[0]) if first.size else 0
@@ -547,7 +547,7 @@ def _open_vecs(dtype: str) -> Callable[[Path], VectorSource]:
 
 def _open_npz(path: Path, column: str | None) -> VectorSource:
     """One array of the archive, held in memory: it may be compressed, so it cannot be mapped."""
-    with _reading(path), zipfile.ZipFile(path) as archive:
+    with reading_file(path), zipfile.ZipFile(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
         name = column or _choose(
             [name for name, info in members.items() if _is_matrix(archive, info)], list(members), str(path)
@@ -584,13 +584,13 @@ def _import_h5py() -> Any:
 def _open_parquet(path: Path, column: str | None) -> VectorSource:
     import pyarrow.parquet as pq  # heavy
 
-    with _reading(path), pq.ParquetFile(path) as file:
+    with reading_file(path), pq.ParquetFile(path) as file:
         field = _vector_field(file.schema_arrow, column, str(path))
         rows = file.metadata.num_rows
 
         def chunks(size: int) -> Iterator[pa.Array]:
             # Mapped and not pre-buffered, memory holds a few batches; otherwise, it holds a whole row group.
-            with _reading(path), pq.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
+            with reading_file(path), pq.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
                 for batch in file.iter_batches(size, columns=[field.name]):
                     yield batch.column(field.name)
 
@@ -603,7 +603,7 @@ def _open_ipc(path: Path, column: str | None) -> VectorSource:
 
     def batches(only: list[int] | None = None) -> Iterator[pa.RecordBatch]:
         options = pa.ipc.IpcReadOptions(included_fields=only)
-        with _reading(path), pa.memory_map(str(path)) as file:
+        with reading_file(path), pa.memory_map(str(path)) as file:
             if file.read(6) == b"ARROW1":
                 reader = pa.ipc.open_file(file, options=options)
                 found = map(reader.get_batch, range(reader.num_record_batches))
@@ -614,7 +614,7 @@ def _open_ipc(path: Path, column: str | None) -> VectorSource:
                 batch.validate(full=True)  # a damaged offset would be followed to memory outside of the file
                 yield batch
 
-    with _reading(path):
+    with reading_file(path):
         first = next(batches(), None)
         if first is None:
             raise ValueError("it has no rows.")
@@ -757,7 +757,7 @@ def read_ids(path: str | os.PathLike[str], *, column: str | None = None) -> list
     if not path.is_file():
         raise SourceNotFoundError(f"There is no file '{path}'. Give the path of one file with ids.")
     suffix = path.suffix.lower()
-    with _reading(path, InvalidIdsError):
+    with reading_file(path, InvalidIdsError):
         if suffix == ".parquet":
             return _parquet_ids(path, column)
         _refuse_column(column, str(path))

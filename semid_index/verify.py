@@ -314,11 +314,18 @@ def _readable(index: _Contents) -> _Found:
         "WHERE database_name = current_database() AND NOT internal AND table_name <> 'semid_vectors'"
     )
     read = 0
-    index.snapshot.rows("SELECT value FROM semid_meta WHERE key = 'config'")  # through its index, which writing needs
     for schema, name in tables:  # the vectors have a check of their own
         table = f"{quoted(schema)}.{quoted(name)}"
         read += int(index.snapshot.rows(f"SELECT count(*), bit_xor(hash(t)) FROM {table} AS t")[0][0])
-    return _Found(read, f"all rows of {len(tables)} tables can be read")
+    problems = {"settings that DuckDB does not find by their keys": len(_lost_settings(index))}
+    return _problems(read, f"all rows of {len(tables)} tables can be read", problems)
+
+
+def _lost_settings(index: _Contents) -> list[str]:
+    """Those that are not there once by DuckDB's index of their keys, which writing goes by."""
+    keys = {key: key.replace("'", "''") for (key,) in index.snapshot.rows("SELECT key FROM semid_meta")}
+    by_index = "SELECT count(*) FROM semid_meta WHERE key = '{}'"
+    return [key for key, text in keys.items() if index.count(by_index.format(text)) != 1]
 
 
 def _codebooks(index: _Contents) -> _Found:
@@ -428,6 +435,8 @@ def _buckets(index: _Contents) -> _Found:
     problems = {"items whose bucket is not that of their codes": index.codes.wrong_buckets}
     if codebooks is None or not index.quantizer.hierarchical:
         return _problems(len(index.codes.rows), "the buckets of items are those of their codes", problems)
+    if not index.has_table("semid_buckets"):
+        _need_this_format(index)
     found = index.snapshot.arrow("SELECT bucket, norm2 FROM semid_buckets")
     buckets, norms = found["bucket"].to_numpy().astype(np.int64), found["norm2"].to_numpy()
     part = CodeLayout(layout.codebook_sizes[: bucket_depth(layout)])

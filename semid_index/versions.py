@@ -14,7 +14,7 @@ import re
 
 from semid_index import checksums
 from semid_index.codes import CodeLayout
-from semid_index.tables import Execute, create_map_view, has_table, quoted, semantic_ids_query
+from semid_index.tables import Execute, create_map_view, quoted, semantic_ids_query
 
 VERSION_SETTINGS = (
     "version",
@@ -51,9 +51,10 @@ def kept_versions(execute: Execute) -> list[int]:
 def keep_version(execute: Execute, version: int, layout: CodeLayout, *, hierarchical: bool) -> None:
     """Copy what belongs to the present version to the schema of its number."""
     schema = schema_of(version)
+    tables = {name for (name,) in execute("SELECT table_name FROM duckdb_tables() WHERE NOT internal").fetchall()}
     execute(f"CREATE SCHEMA {schema}")
     for table in _KEPT:
-        if has_table(execute, table):
+        if table in tables:
             order = " ORDER BY sid, row" if table == "semid_codes" else ""
             execute(f"CREATE TABLE {schema}.{table} AS FROM main.{table}{order}")
     own = ", ".join(f"'{name}'" for name in VERSION_SETTINGS)
@@ -62,7 +63,7 @@ def keep_version(execute: Execute, version: int, layout: CodeLayout, *, hierarch
         f"CREATE VIEW {schema}.semid_meta AS SELECT key, value FROM {schema}.semid_settings "
         f"UNION ALL SELECT key, value FROM main.semid_meta WHERE key NOT IN ({own})"
     )
-    if has_table(execute, "semid_vectors"):
+    if "semid_vectors" in tables:
         columns = ", ".join(quoted(name) for name, *_ in execute("DESCRIBE main.semid_vectors").fetchall())
         execute(
             f"CREATE VIEW {schema}.semid_vectors AS SELECT {columns} FROM main.semid_vectors "

@@ -705,6 +705,7 @@ METHODS: dict[str, Callable[[SemanticIndex, NDArray[np.float32]], object]] = {
     "retrain": lambda index, vectors: index.retrain(vectors),
     "save_copy": lambda index, vectors: index.save_copy("no-copy.duckdb"),
     "export": lambda index, vectors: index.export("no-export.parquet"),
+    "import_items": lambda index, vectors: index.import_items("no-export.parquet"),
     "report": lambda index, vectors: index.report(),
     "search": lambda index, vectors: index.search(vectors),
     "explain": lambda index, vectors: index.explain(vectors[0]),
@@ -722,7 +723,7 @@ METHODS: dict[str, Callable[[SemanticIndex, NDArray[np.float32]], object]] = {
 
 
 NEEDS_TRAINING = ["add", "upsert", "delete", "retrain", "export", "report", "search", "explain", "encode", "decode"]
-NEEDS_TRAINING += ["prefix", "tree", "get", "similar"]
+NEEDS_TRAINING += ["prefix", "tree", "get", "similar", "import_items"]
 
 
 @pytest.mark.parametrize("method", NEEDS_TRAINING)
@@ -770,7 +771,7 @@ def test_after_closing(index_file, queries):
 
 def test_writing_to_what_is_open_for_reading(index_file, tmp_path, vectors):
     semid.create(tmp_path / "untrained.duckdb", dim=DIM, levels=3, codebook_size=16).close()
-    writes = [(index_file, method) for method in ("add", "upsert", "delete", "compact", "retrain")]
+    writes = [(index_file, method) for method in ("add", "upsert", "delete", "compact", "retrain", "import_items")]
     for path, method in [*writes, (tmp_path / "untrained.duckdb", "train")]:
         before = digest(path)
         with semid.open(path, read_only=True) as index:

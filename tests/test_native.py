@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from semid_index.store import StoredCodes
 
 ROOT = Path(__file__).resolve().parent.parent
 MISSING = native.unavailable_because()
+KERNELS = () if MISSING else native.KERNELS[: native.KERNELS.index(native.kernel_name()) + 1]  # that can run here
 needs_native = pytest.mark.skipif(MISSING is not None, reason=f"no native scan: {MISSING}")
 
 
@@ -104,7 +106,7 @@ def test_leaves_are_those_that_the_look_up_chooses(clustered, kernel, metric, go
 
 @needs_native
 @pytest.mark.parametrize("seed", range(12))
-def test_kernels_agree_on_any_shape(clustered, seed, monkeypatch):
+def test_kernels_agree_on_any_shape(clustered, seed):
     random = np.random.default_rng(seed)
     metric = ("l2", "cosine", "ip")[seed % 3]
     dim, n = int(random.integers(1, 90)), int(random.integers(300, 1_500))
@@ -115,8 +117,8 @@ def test_kernels_agree_on_any_shape(clustered, seed, monkeypatch):
     executor = NativeExecutor(data, data.vectors, scorer)
     queries = queries_for(clustered, metric, 9, dim)
     found = {}
-    for name in native.KERNELS:
-        monkeypatch.setenv("SEMID_NATIVE", name)
+    for name in KERNELS:
+        executor._index.kernel = name
         options = {"budget": n // 3, "probes": None, "matches": None, "shown": len(data.leaves), "threads": 1}
         found[name] = executor.search_leaves(queries, 7, rerank=n, **options)
         probes = Probes(found[name].leaves, found[name].scores, found[name].candidates)
@@ -124,25 +126,87 @@ def test_kernels_agree_on_any_shape(clustered, seed, monkeypatch):
         scanned = executor.search(queries, probes, 5)
         assert (np.diff(scanned[0], axis=1) >= 0).all()
     best = max(np.abs(found["plain"].distances).max(), 1)
-    for name in native.KERNELS[1:]:
+    for name in KERNELS[1:]:
         np.testing.assert_allclose(found[name].distances, found["plain"].distances, rtol=1e-4, atol=1e-4 * best)
 
 
 @needs_native
-def test_queries_together_find_what_each_finds_alone(clustered, monkeypatch):
-    """More queries than are scanned together, and codes of several pieces of memory."""
+def test_queries_together_find_what_each_finds_alone(clustered):
+    """More queries than are scanned together, and codes of several pieces of memory; one thread, and several."""
     data, scorer = scan_data(clustered, "l2", n=60_000, sizes=(64, 32), leaf_size=40)
     executor = NativeExecutor(data, data.vectors, scorer)
     queries = queries_for(clustered, "l2", 600, 24)
-    options = {"rerank": 40, "budget": 3_000, "probes": None, "matches": None, "shown": 5, "threads": 1}
-    for name in native.KERNELS:
-        monkeypatch.setenv("SEMID_NATIVE", name)
-        together = executor.search_leaves(queries, 10, **options)
+    options = {"rerank": 40, "budget": 3_000, "probes": None, "matches": None}
+    for name in KERNELS:
+        executor._index.kernel = name
+        together = executor.search_leaves(queries, 10, **options, shown=5, threads=1)
+        for count, threads in ((600, 2), (600, 7), (17, 2), (2, 2)):
+            shared = executor.search_leaves(queries[:count], 10, **options, shown=5, threads=threads)
+            for mine, theirs in zip(shared[:-1], together[:-1], strict=True):
+                np.testing.assert_array_equal(mine, theirs[:count])
+        search = executor.search_for_one(10, **options)
         for query in range(0, 600, 9):
-            alone = executor.search_leaves(queries[query : query + 1], 10, **options)
-            # products of one query and of many are rounded differently, which may exchange the last ones
-            assert np.isin(alone.positions[0], together.positions[query]).sum() >= 9
-            assert abs(alone.candidates[0] - together.candidates[query]) <= 40
+            alone = search(queries[query], 1.0)
+            np.testing.assert_array_equal(alone.positions, together.positions[query])
+            np.testing.assert_array_equal(alone.distances, together.distances[query])
+            assert alone.counts == [together.candidates[query], together.opened[query]]
+            np.testing.assert_array_equal(native.opened_leaves(alone.opened[24:])[0][:5], together.leaves[query])
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+@pytest.mark.parametrize("tier", ["float32", "float16", "int8"])
+def test_lengths_divide_queries(clustered, kernel, metric, tier):
+    """By a power of two, so that nothing is rounded; and by any number, as NumPy divides."""
+    data, scorer = scan_data(clustered, metric, tier=tier)
+    executor = NativeExecutor(data, data.vectors, scorer)
+    queries = queries_for(clustered, metric, 40, 24)
+    options = {"rerank": 60, "budget": 400, "probes": None, "matches": None}
+    shown = {"shown": 9, "threads": 1}
+    plain = executor.search_leaves(queries, 10, **options, **shown)
+    assert (plain.positions >= 0).all()
+    fours = np.full(40, 4, dtype=np.float32)
+    assert_identical(executor.search_leaves(4 * queries, 10, **options, **shown, lengths=fours), plain)
+    lengths = np.random.default_rng(0).uniform(0.1, 9, 40).astype(np.float32)
+    divided = executor.search_leaves(queries / lengths[:, None], 10, **options, **shown)
+    assert_identical(executor.search_leaves(queries, 10, **options, **shown, lengths=lengths), divided)
+    search = executor.search_for_one(10, **options)
+    for number, length in enumerate(lengths.tolist()):
+        alone = search(queries[number], length)
+        np.testing.assert_array_equal(alone.positions, divided.positions[number])
+        np.testing.assert_array_equal(alone.distances, divided.distances[number])
+
+
+def assert_identical(got, expected):
+    for mine, theirs in zip(got[:-1], expected[:-1], strict=True):  # all but the seconds
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_opened_leaves_come_best_first():
+    scores = np.array([3, 1, 2, 1, -np.inf], dtype=np.float32)
+    numbers = np.array([7, 9, 2, 4, 70_000], dtype=np.int32)
+    pairs = np.stack([scores, numbers.view(np.float32)], axis=1)
+    leaves, sorted_scores = native.opened_leaves(pairs.ravel())
+    expected = sorted(zip(scores.tolist(), numbers.tolist(), strict=True))
+    assert list(zip(sorted_scores.tolist(), leaves.tolist(), strict=True)) == expected
+    assert [len(array) for array in native.opened_leaves(pairs[:0].ravel())] == [0, 0]
+
+
+@needs_native
+def test_threads_of_a_program_do_not_disturb_each_other(clustered):
+    data, scorer = scan_data(clustered, "l2")
+    executor = NativeExecutor(data, data.vectors, scorer)
+    queries = queries_for(clustered, "l2", 400, 24)
+    searches = [
+        executor.search_for_one(k, rerank=60, budget=budget, probes=None, matches=None)
+        for k, budget in ((10, 400), (3, 900))
+    ]
+
+    def found(number):
+        return [search(queries[number], 1.0).positions.tolist() for search in searches]
+
+    expected = [found(number) for number in range(400)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(found, range(400))) == expected
 
 
 def test_the_scan_ranks_as_what_its_codes_stand_for(clustered, kernel):

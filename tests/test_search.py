@@ -1,12 +1,14 @@
 """The steps of a search and what its trace says of them; hits themselves are compared in test_flow."""
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 import semid_index as semid
-from semid_index.errors import SearchTimeoutError
+from semid_index.errors import InvalidArgumentError, InvalidVectorsError, SearchTimeoutError
 from semid_index.metrics import exact_search
 from semid_index.search import default_budget, default_rerank, filtered_budget
 from semid_index.segments import default_leaf_size
@@ -126,6 +128,84 @@ def test_a_trace_tells_of_its_search_however_late_it_is_read(vectors, tmp_path):
     assert set(late.pop("seconds")) == set(known.pop("seconds"))
     assert late == known
     assert hits.trace is hits.trace
+
+
+def all_that_is_found(hits):
+    """Everything but the seconds, bit by bit."""
+    trace = hits.trace.to_dict()
+    steps = list(trace.pop("seconds"))
+    rows = hits.distances if hits.single else np.concatenate(hits.distances)
+    return np.concatenate([hits.ids]).tolist(), rows.tobytes(), hits.offsets.tolist(), hits.to_arrow(), trace, steps
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+@pytest.mark.parametrize("options", [{}, {"k": 3, "probes": 9}, {"k": 200, "rerank": 300}, {"probes": 1, "threads": 1}])
+def test_the_short_way_of_one_query_finds_what_the_long_one_does(vectors, tmp_path, metric, options):
+    """A search with a timeout goes the way of a batch, step by step."""
+    queries = vectors[:30] * np.float32(1.7) + np.float32(0.1)
+    with semid.create(tmp_path / "x.duckdb", dim=16, metric=metric, levels=3, codebook_size=16) as index:
+        index.train(vectors)
+        index.add(vectors, [f"item {number}" for number in range(len(vectors))])
+        for few in (False, True):
+            if few:
+                index.delete([f"item {number}" for number in range(0, 1_200, 3)])
+            for query in [*queries, queries[:1]]:
+                short, long = index.search(query, **options), index.search(query, **options, timeout=60)
+                assert all_that_is_found(short) == all_that_is_found(long)
+        together = index.search(queries, **options)
+        alone = [index.search(query, **options) for query in queries]
+        assert [hits.ids.tolist() for hits in alone] == [ids.tolist() for ids in together.ids]
+        np.testing.assert_array_equal([hits.distances for hits in alone], np.array(together.distances))
+        assert len(index._live.latest.prepared) == 1
+
+
+def test_one_query_may_come_in_any_form(index, vectors):
+    expected = all_that_is_found(index.search(vectors[8]))
+    spread, fixed = np.empty((16, 3), dtype=np.float32), vectors[8].copy()
+    spread[:, 1], fixed.flags.writeable = fixed, False
+    turned = np.array(vectors[8].astype(">f4"))
+    for query in (vectors[8].tolist(), vectors[8].astype(np.float64), spread[:, 1], fixed, turned):
+        assert all_that_is_found(index.search(query)) == expected
+    for k in (np.int64(10), 10):
+        assert all_that_is_found(index.search(vectors[8], k)) == expected
+
+
+@pytest.mark.parametrize("wrong", [{"k": 0}, {"k": 10.0}, {"k": True}, {"probes": 0}, {"rerank": 9}, {"threads": 0}])
+def test_one_query_is_checked_as_many_are(index, vectors, wrong):
+    index.search(vectors[0], 10)
+    index.search(vectors[0], 1)
+    for query in (vectors[0], vectors[:2]):
+        with pytest.raises(InvalidArgumentError):
+            index.search(query, **wrong)
+        for bad in (np.nan, np.inf, 1e30):
+            with pytest.raises(InvalidVectorsError, match="not" if bad == 1e30 else "NaN|infinite"):
+                index.search(np.full_like(query, bad))
+
+
+def test_a_zero_query_has_no_direction(vectors, tmp_path):
+    with semid.create(tmp_path / "x.duckdb", dim=16, metric="cosine", levels=2, codebook_size=16) as index:
+        index.train(vectors)
+        index.add(vectors)
+        index.search(vectors[0])
+        with pytest.raises(InvalidVectorsError, match="zero"):
+            index.search(np.zeros(16))
+
+
+def test_what_is_prepared_for_queries_goes_with_its_snapshot(vectors, tmp_path):
+    with semid.create(tmp_path / "x.duckdb", dim=16, levels=2, codebook_size=16) as index:
+        index.train(vectors)
+        index.add(vectors)
+        for k in range(1, 150):
+            assert index.search(vectors[0], k).ids[0] == 0
+        assert 0 < len(index._live.latest.prepared) <= 64
+        old = weakref.ref(index._live.latest)
+        gc.disable()
+        try:
+            index.delete([0])
+            assert index.search(vectors[0], 3).ids[0] != 0
+            assert old() is None, "it would stay in memory beside the new one"
+        finally:
+            gc.enable()
 
 
 def test_a_timeout_ends_a_search(index, vectors):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,12 +21,10 @@ from numpy.typing import NDArray
 
 LIBRARY = Path(__file__).parent / "libsemid_scan.so"
 KERNELS = ("plain", "avx2", "avx512")
-_ABI = 3
+_ABI = 4
 _DTYPES = {"float32": 1, "float16": 2, "int8": 3}
 _METRICS = {"l2": 0, "cosine": 1, "ip": 2}
 _PANEL = 32  # columns side by side in a packed matrix
-_LEAST_TILE = 64
-_TILE = 512  # queries that are scanned together: their products are held, and they share what they read from memory
 
 _Pointer = ctypes.c_void_p
 _Int32, _Int64, _Float = ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -59,8 +56,9 @@ class _Parts(ctypes.Structure):
             )
         ),
         ("factor", _Float),
-        ("vectors", _Pointer),
-        ("scale", _Pointer),
+        *((name, _Pointer) for name in ("vectors", "scale", "centre", "rotation", "words")),
+        ("turned", _Int32),
+        ("columns", _Int32),
     )
 
 
@@ -70,9 +68,7 @@ class _Request(ctypes.Structure):
     _fields_ = (
         ("queries", _Int64),
         ("vectors", _Pointer),
-        ("rotated", _Pointer),
-        ("products", _Pointer),
-        ("columns", _Int64),
+        ("lengths", _Pointer),
         ("goal", _Int64),
         ("least_leaves", _Int64),
         ("given", _Pointer),
@@ -85,9 +81,7 @@ class _Request(ctypes.Structure):
         ("distances", _Pointer),
         ("candidates", _Pointer),
         ("opened", _Pointer),
-        ("shown", _Int64),
-        ("shown_leaves", _Pointer),
-        ("shown_scores", _Pointer),
+        ("leaves", _Pointer),
         ("seconds", _Pointer),
         ("threads", _Int32),
         ("isa", _Int32),
@@ -133,7 +127,7 @@ def _load() -> ctypes.CDLL | str:
         library.semid_bytes.restype, library.semid_bytes.argtypes = _Int64, [_Pointer]
         library.semid_search.restype, library.semid_search.argtypes = _Int32, [_Pointer, _Pointer]
         library.semid_multiply.restype = None
-        library.semid_multiply.argtypes = [_Pointer, _Int64, _Int32, _Pointer, _Int64, _Pointer, _Int32]
+        library.semid_multiply.argtypes = [_Pointer, _Int64, _Int32, _Pointer, _Int64, _Pointer, _Int32, _Int32]
         library.semid_columns.restype, library.semid_columns.argtypes = None, [_Pointer, _Pointer, _Int64, _Pointer]
         library.semid_sum_words.restype = None
         library.semid_sum_words.argtypes = [_Pointer, _Int32, _Pointer, _Int64, _Int32, _Pointer]
@@ -232,68 +226,113 @@ class Scanned(NamedTuple):
     """(3,) of all threads together: choosing leaves, scanning, re-ranking."""
 
 
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What searches for one query are to find; see :meth:`NativeIndex.search`."""
+
+    k: int
+    keep: int
+    goal: int
+    least_leaves: int
+    counts: NDArray[np.int32] | None
+    allowed: NDArray[np.bool_] | None
+
+    @classmethod
+    def of(
+        cls,
+        k: int,
+        keep: int,
+        goal: int,
+        least_leaves: int,
+        counts: NDArray[np.integer] | None,
+        allowed: NDArray[np.bool_] | None,
+    ) -> Wanted:
+        """With arrays as the library reads them."""
+        return cls(k, keep, goal, least_leaves, _contiguous(counts, np.int32), _contiguous(allowed, np.bool_))
+
+
+class ScannedOne(NamedTuple):
+    """What a native search found for one query."""
+
+    positions: NDArray[np.int64]
+    """(k,) padded with -1"""
+    distances: NDArray[np.float32]
+    """(k,) padded with inf"""
+    counts: list[int]
+    """Items in the opened leaves, and leaves opened."""
+    seconds: list[float]
+    """As in :class:`Scanned`."""
+    opened: NDArray[np.float32]
+    """The query (dim,), and then what :func:`opened_leaves` reads."""
+
+
 class _Place:
     """A request for one query, and memory for what it finds; to make both anew would take as long as half a scan."""
 
-    def __init__(self, columns: int, width: int, shown: int) -> None:
-        self.width, self.shown = width, shown
-        self.products = np.empty((1, columns), dtype=np.float32)
+    def __init__(self, dim: int, leaves: int, wanted: Wanted, isa: int) -> None:
+        self.wanted = wanted
+        self.positions = np.empty(wanted.k, dtype=np.int64)
+        self.distances = np.empty(wanted.k, dtype=np.float32)
+        self.counts = np.empty(2, dtype=np.int64)
         self.seconds = np.empty(3)
-        self._numbers = np.empty(width + shown + 2, dtype=np.int64)  # positions, leaves, candidates, opened
-        self._measures = np.empty(width + shown, dtype=np.float32)  # distances, scores
-        numbers, measures = _address(self._numbers), _address(self._measures)
+        self.length = np.empty(1, dtype=np.float32)
+        self.opened = np.empty(dim + 2 * leaves, dtype=np.float32)
+        self.query = self.opened[:dim]
         self.request = _Request(
             queries=1,
-            products=_address(self.products),
-            columns=columns,
-            positions=numbers,
-            distances=measures,
-            candidates=numbers + 8 * (width + shown),
-            opened=numbers + 8 * (width + shown + 1),
-            shown=shown,
-            shown_leaves=numbers + 8 * width,
-            shown_scores=measures + 4 * width,
+            vectors=_address(self.opened),
+            lengths=_address(self.length),
+            goal=wanted.goal,
+            least_leaves=wanted.least_leaves,
+            counts=_pointer(wanted.counts),
+            allowed=_pointer(wanted.allowed),
+            keep=wanted.keep,
+            k=wanted.k,
+            positions=_address(self.positions),
+            distances=_address(self.distances),
+            candidates=_address(self.counts),
+            opened=_address(self.counts) + 8,
+            leaves=_address(self.opened) + 4 * dim,
             seconds=_address(self.seconds),
+            threads=1,
+            isa=isa,
         )
         self.reference = ctypes.byref(self.request)
 
-    def found(self) -> Scanned:
-        """A copy of what was found."""
-        numbers, measures = self._numbers.copy(), self._measures.copy()
-        width, last = self.width, self.width + self.shown
-        return Scanned(
-            numbers[np.newaxis, :width],
-            measures[np.newaxis, :width],
-            numbers[last : last + 1],
-            numbers[last + 1 :],
-            numbers[np.newaxis, width:last],
-            measures[np.newaxis, width:last],
-            self.seconds.copy(),
-        )
+
+def opened_leaves(opened: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Leaves, best first, and their scores: pairs of a score and the number of a leaf, in no order, (2 p,) in."""
+    pairs = opened.reshape(-1, 2)
+    scores, leaves = pairs[:, 0], pairs.view(np.int32)[:, 1]
+    order = np.lexsort((leaves, scores))
+    return leaves[order].astype(np.int64), scores[order]
 
 
-class _Matrix:
+def _packed(matrix: NDArray[np.floating]) -> NDArray[np.float32]:
     """A matrix (dim, columns) that queries are multiplied with; not by BLAS, see ``multiply`` in kernel.cpp."""
+    dim, columns = matrix.shape
+    panels = -(-columns // _PANEL)
+    padded = np.zeros((dim, panels * _PANEL), dtype=np.float32)
+    padded[:, :columns] = matrix
+    return np.ascontiguousarray(padded.reshape(dim, panels, _PANEL).transpose(1, 0, 2))
 
-    def __init__(self, matrix: NDArray[np.floating]) -> None:
-        self._dim, self.columns = matrix.shape
-        panels = -(-self.columns // _PANEL)
-        padded = np.zeros((self._dim, panels * _PANEL), dtype=np.float32)
-        padded[:, : self.columns] = matrix
-        self._packed = np.ascontiguousarray(padded.reshape(self._dim, panels, _PANEL).transpose(1, 0, 2))
-        self._place = _address(self._packed)
-        self._multiply = _loaded().semid_multiply
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return self._packed.nbytes
+class Multiplier:
+    """Multiplies many rows by a matrix (dim, columns), on so many threads.
+
+    BLAS is as quick on one thread; its others wait for work by spinning, and keep a dozen megabytes each for good.
+    """
+
+    def __init__(self, matrix: NDArray[np.floating], *, threads: int) -> None:
+        self._shape, self._packed, self._threads = matrix.shape, _packed(matrix), threads
 
     def times(self, rows: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """Contiguous rows (q, dim) times the matrix: (q, columns)."""
-        count = len(rows)
-        found = np.empty((count, self.columns), dtype=np.float32) if out is None else out
-        self._multiply(_address(rows), count, self._dim, self._place, self.columns, _address(found), _asked_isa())
+        """Rows (n, dim) times the matrix: (n, columns)."""
+        dim, columns = self._shape
+        rows = np.ascontiguousarray(rows, dtype=np.float32)
+        found = np.empty((len(rows), columns), dtype=np.float32) if out is None else out
+        places = _pointer(rows), len(rows), dim, _pointer(self._packed), columns, _pointer(found)
+        _loaded().semid_multiply(*places, self._threads, _asked_isa())
         return found
 
 
@@ -304,12 +343,11 @@ class NativeIndex:
         self, parts: ScanParts, dim: int, vectors: NDArray[Any] | None, scale: NDArray[np.float32] | None
     ) -> None:
         library = self._library = _loaded()
-        self._centre = np.asarray(parts.centre, dtype=np.float32)  # of the parts only what queries need is kept
-        self._rotation = None if parts.rotation is None else _Matrix(parts.rotation)
+        self._isa = _asked_isa()
         self._levels = len(parts.head_sizes) + (parts.first_codes is not None)
-        self._words = _Matrix(np.float32(parts.factor) * parts.words.T)
+        self._words = _packed(np.float32(parts.factor) * parts.words.T)
         self._codebooks = np.ascontiguousarray(parts.codebooks.transpose(0, 2, 1))
-        self._width = parts.codebooks.shape[0] * parts.codebooks.shape[2]
+        self._dim, self._leaves = dim, len(parts.leaf_constants)
         # all that the library keeps pointers to stays alive with self
         self._held = [
             _contiguous(array, dtype)
@@ -319,6 +357,8 @@ class NativeIndex:
                 (parts.first_constants, np.float32),
                 (vectors, None),
                 (scale, np.float32),
+                (parts.centre, np.float32),
+                (None if parts.rotation is None else _packed(parts.rotation), None),
             )
         ]
         once = [
@@ -333,13 +373,13 @@ class NativeIndex:
                 (parts.scalars, np.float32),
             )
         ]
-        columns, sizes, shared, rows, scales = map(_pointer, self._held)
+        columns, sizes, shared, rows, scales, centre, rotation = map(_pointer, self._held)
         starts, constants, terms, first, heads, tail, scalars = map(_pointer, once)
         config = _Parts(
             items=int(parts.starts[-1]),
             metric=_METRICS[parts.metric],
             dim=dim,
-            leaves=len(parts.leaf_constants),
+            leaves=self._leaves,
             terms=len(parts.leaf_terms),
             zero_column=parts.zero_column,
             parts=parts.codebooks.shape[0],
@@ -360,6 +400,11 @@ class NativeIndex:
             factor=parts.factor,
             vectors=rows,
             scale=scales,
+            centre=centre,
+            rotation=rotation,
+            words=_address(self._words),
+            turned=parts.words.shape[1],
+            columns=len(parts.words),
         )
         self._places = threading.local()
         self._handle = library.semid_new(ctypes.byref(config))
@@ -373,13 +418,24 @@ class NativeIndex:
     @property
     def nbytes(self) -> int:
         """Bytes in memory, without the vectors."""
-        held = sum(array.nbytes for array in self._held[:3] if array is not None)
-        return int(self._library.semid_bytes(self._handle)) + self._words.nbytes + self._codebooks.nbytes + held
+        held = (*self._held[:3], *self._held[5:], self._words, self._codebooks)
+        return int(self._library.semid_bytes(self._handle)) + sum(array.nbytes for array in held if array is not None)
+
+    @property
+    def kernel(self) -> str:
+        """The kernel that it was asked for, or the best; by default what ``SEMID_NATIVE`` said when it was made."""
+        return kernel_name() if self._isa < 0 else KERNELS[self._isa]
+
+    @kernel.setter
+    def kernel(self, name: str) -> None:
+        self._isa = KERNELS.index(name)
+        self._places = threading.local()
 
     def search(
         self,
         queries: NDArray[np.float32],
         *,
+        lengths: NDArray[np.float32] | None = None,
         k: int | None,
         keep: int,
         goal: int = 0,
@@ -392,84 +448,78 @@ class NativeIndex:
     ) -> Scanned:
         """The k nearest of the best ``keep`` of a scan, by exact distances.
 
-        ``k=None``: all that the scan kept, by its own. Leaves are opened until they hold ``goal`` items and are
-        ``least_leaves`` many; or those in ``leaves`` (q, p), padded with -1. ``allowed`` (n,): the items that may be
-        found; ``counts`` (n_leaves,): how many each leaf holds of them.
+        ``lengths`` (q,): queries are divided by these first. ``k=None``: all that the scan kept, by its own distances.
+        Leaves are opened until they hold ``goal`` items and are ``least_leaves`` many; or those in ``leaves`` (q, p),
+        padded with -1. ``allowed`` (n,): the items that may be found; ``counts`` (n_leaves,): how many each leaf holds
+        of them. ``shown``: of the leaves that it opens, so many are named.
         """
         count, width = len(queries), k or keep
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        if count == 1 and leaves is None:
-            place = self._place(width, shown)
-            request = place.request
-            request.goal, request.least_leaves, request.keep, request.k = goal, least_leaves, keep, k or 0
-            counted, permitted = _contiguous(counts, np.int32), _contiguous(allowed, np.bool_)
-            request.counts, request.allowed = _pointer(counted), _pointer(permitted)
-            request.threads, request.isa = threads, _asked_isa()
-            found = self._search_one(queries, place)
-            self._places.place = place
-            return found
         found = Scanned(
             np.empty((count, width), dtype=np.int64),
             np.empty((count, width), dtype=np.float32),
             np.empty(count, dtype=np.int64),
             np.empty(count, dtype=np.int64),
-            np.empty((count, shown), dtype=np.int64),
-            np.empty((count, shown), dtype=np.float32),
+            np.full((count, shown), -1, dtype=np.int64),
+            np.full((count, shown), np.inf, dtype=np.float32),
             np.zeros(3),
         )
-        given = None if leaves is None else np.ascontiguousarray(leaves, dtype=np.int64)
-        isa = _asked_isa()
+        opened = np.empty((count, 2 * self._leaves), dtype=np.float32) if shown and leaves is None else None
+        divisors = _contiguous(lengths, np.float32)
+        given = _contiguous(leaves, np.int64)
         counted = _contiguous(counts, np.int32)
-        permitted = None if allowed is None else np.ascontiguousarray(allowed).view(np.uint8)
-        results = (found.positions, found.distances, found.candidates, found.opened, found.leaves, found.scores)
-        rows = [(_address(array), array.strides[0]) for array in results]
-        together = min(_TILE, max(_LEAST_TILE, -(-count // (2 * threads)))) if threads > 1 else _TILE
-        tiles = range(0, count, together)
-        workers = max(1, min(threads, len(tiles)))
+        permitted = _contiguous(allowed, np.bool_)
+        request = _Request(
+            queries=count,
+            vectors=_pointer(queries),
+            lengths=_pointer(divisors),
+            goal=goal,
+            least_leaves=least_leaves,
+            given=_pointer(given),
+            given_width=0 if given is None else given.shape[1],
+            counts=_pointer(counted),
+            allowed=_pointer(permitted),
+            keep=keep,
+            k=k or 0,
+            positions=_pointer(found.positions),
+            distances=_pointer(found.distances),
+            candidates=_pointer(found.candidates),
+            opened=_pointer(found.opened),
+            leaves=_pointer(opened),
+            seconds=_pointer(found.seconds),
+            threads=threads,
+            isa=self._isa,
+        )
+        if self._library.semid_search(self._handle, ctypes.byref(request)):
+            raise MemoryError("There is not enough memory for this search.")
+        if opened is not None:
+            for query, leaves_opened in enumerate(found.opened.tolist()):
+                number = min(leaves_opened, shown)
+                best, scores = opened_leaves(opened[query, : 2 * leaves_opened])
+                found.leaves[query, :number], found.scores[query, :number] = best[:number], scores[:number]
+        return found
 
-        def scan(start: int) -> NDArray[np.float64]:
-            part = queries[start : start + together]
-            rotated = self._rotated(part)
-            products = self._words.times(rotated)
-            positions, distances, candidates, opened, shown_leaves, shown_scores = [
-                first + start * step for first, step in rows
-            ]
-            seconds = np.zeros(3)
-            request = _Request(
-                queries=len(part),
-                vectors=_address(part),
-                rotated=_address(rotated),
-                products=_address(products),
-                columns=products.shape[1],
-                goal=goal,
-                least_leaves=least_leaves,
-                given=None if given is None else given[start:].ctypes.data,
-                given_width=0 if given is None else given.shape[1],
-                counts=_pointer(counted),
-                allowed=_pointer(permitted),
-                keep=keep,
-                k=k or 0,
-                positions=positions,
-                distances=distances,
-                candidates=candidates,
-                opened=opened,
-                shown=shown,
-                shown_leaves=shown_leaves,
-                shown_scores=shown_scores,
-                seconds=_address(seconds),
-                threads=max(threads // workers, 1),
-                isa=isa,
-            )
-            if self._library.semid_search(self._handle, ctypes.byref(request)):
-                raise MemoryError("There is not enough memory for this search.")
-            return seconds
-
-        if workers == 1:
-            spent = [scan(start) for start in tiles]
-        else:  # tiles side by side, and not only the scan inside each: products take a sixth of the time
-            with ThreadPoolExecutor(workers) as pool:
-                spent = list(pool.map(scan, tiles))
-        found.seconds[:] = sum(spent)
+    def search_one(self, wanted: Wanted, query: NDArray[np.float32], length: float) -> ScannedOne:
+        """Exactly what :meth:`search` finds for one query (dim,) and its length, with as little around it as can be."""
+        places = self._places
+        place: _Place | None = getattr(places, "place", None)
+        places.place = None  # for it is in use
+        if place is None or place.wanted is not wanted:
+            place = _Place(self._dim, self._leaves, wanted, self._isa)
+        place.query[:] = query
+        place.length[0] = length
+        place.seconds.fill(0)
+        if self._library.semid_search(self._handle, place.reference):
+            raise MemoryError("There is not enough memory for this search.")
+        counts = place.counts.tolist()
+        found = ScannedOne(
+            place.positions.copy(),
+            place.distances.copy(),
+            counts,
+            place.seconds.tolist(),
+            place.opened[: self._dim + 2 * counts[1]].copy(),
+        )
+        places.place = place
         return found
 
     def columns(self, positions: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -478,33 +528,6 @@ class NativeIndex:
         found = np.empty((len(positions), self._levels), dtype=np.int32)
         self._library.semid_columns(self._handle, positions.ctypes.data, len(positions), found.ctypes.data)
         return found
-
-    def _search_one(self, query: NDArray[np.float32], place: _Place) -> Scanned:
-        """What was asked for in a place, for one query (1, dim)."""
-        rotated = self._rotated(query)
-        self._words.times(rotated, out=place.products)
-        request = place.request
-        request.vectors, request.rotated = _address(query), _address(rotated)
-        place.seconds.fill(0)
-        if self._library.semid_search(self._handle, place.reference):
-            raise MemoryError("There is not enough memory for this search.")
-        return place.found()
-
-    def _place(self, width: int, shown: int) -> _Place:
-        """Where the results of a single query go: that of the last one in this thread, unless it is in use."""
-        place: _Place | None = getattr(self._places, "place", None)
-        self._places.place = None
-        if place is None or (place.width, place.shown) != (width, shown):
-            place = _Place(self._words.columns, width, shown)
-        return place
-
-    def _rotated(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Queries in the space of the tail: (q, dim) in, (q, parts * width) out."""
-        centred = queries - self._centre
-        if self._rotation is None:
-            missing = max(self._width - centred.shape[1], 0)
-            return np.ascontiguousarray(np.pad(centred, ((0, 0), (0, missing))) if missing else centred)
-        return self._rotation.times(centred)
 
 
 def train(

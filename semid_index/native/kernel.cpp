@@ -10,6 +10,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include <sys/mman.h>
+
 #include "scan.h"
 
 #if SEMID_ISA > 0
@@ -21,21 +23,41 @@ namespace {
 
 // -- memory and selection ---------------------------------------------------------------------------------------------
 
+// Aligned for any register. Much of it comes from the system itself, and goes back there: what a thread has freed, the
+// C library may keep for good.
+constexpr size_t kMuch = 128 << 10;
+
+void* allocate(size_t bytes) {
+  void* made = nullptr;
+  if (bytes >= kMuch)
+    made = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  else if (posix_memalign(&made, 64, bytes))
+    made = MAP_FAILED;
+  if (made == MAP_FAILED) std::abort();
+  return made;
+}
+
+void release(void* made, size_t bytes) {
+  if (bytes >= kMuch)
+    munmap(made, bytes);
+  else
+    std::free(made);
+}
+
 template <typename T>
-struct Buffer {  // grows, never shrinks, aligned for any register
+struct Buffer {  // grows, never shrinks
   T* data = nullptr;
   size_t capacity = 0;
   Buffer() = default;
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data); }
+  ~Buffer() { release(data, capacity * sizeof(T)); }
   T* room(size_t count) {
     if (count > capacity) {
       size_t grown = count + count / 2 + 64;
-      void* moved = nullptr;
-      if (posix_memalign(&moved, 64, grown * sizeof(T))) std::abort();
+      void* moved = allocate(grown * sizeof(T));
       if (capacity) std::memcpy(moved, static_cast<void*>(data), capacity * sizeof(T));
-      std::free(data);
+      release(data, capacity * sizeof(T));
       data = static_cast<T*>(moved);
       capacity = grown;
     }
@@ -111,7 +133,7 @@ struct Scan {
 };
 
 struct Scratch {
-  Buffer<float> scores, bounds, tables, partial, near_scores;
+  Buffer<float> query, centred, rotated, products, scores, bounds, tables, partial, near_scores;
   Buffer<int32_t> near_items, near_numbers, group_counts, inside, chosen;
   Buffer<Scored> sorted, hits;
   Buffer<uint8_t> luts;
@@ -819,11 +841,60 @@ size_t rerank(const Index& index, const float* query, const Best& best, Scratch&
   return best.count;
 }
 
+// -- products of queries with words -----------------------------------------------------------------------------------
+//
+// As BLAS does it, but in the thread that asks, and in no other: BLAS has threads of its own, which wait for work by
+// turning round, and so take the processor from those that scan.
+
+constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 3 : 1;  // at a time: their sums fill the registers
+constexpr int kColumns = kPanel / kLanes;
+
+// `Rows` rows times `Panels` panels; the last panel may have fewer columns.
+template <int Rows, int Panels>
+void multiply_panels(const Multiplication& from, int64_t row, int64_t panel) {
+  Register sums[Rows][Panels * kColumns];
+  for (auto& of_row : sums)
+    for (Register& sum : of_row) sum = zero();
+  const int64_t dim = from.dim;
+  const float* rows = from.rows + row * dim;
+  const float* packed = from.packed + panel * dim * kPanel;
+  for (int64_t d = 0; d < dim; d++) {
+    Register words[Panels * kColumns];
+    for (int p = 0; p < Panels; p++)
+      for (int c = 0; c < kColumns; c++)
+        words[p * kColumns + c] = load(packed + (p * dim + d) * kPanel + c * kLanes);
+    for (int r = 0; r < Rows; r++)
+      for (int c = 0; c < Panels * kColumns; c++) sums[r][c] = multiply_add(spread(rows[r * dim + d]), words[c], sums[r][c]);
+  }
+  for (int r = 0; r < Rows; r++) {
+    float* products = from.products + (row + r) * from.columns;
+    for (int p = 0; p < Panels; p++) {
+      const int64_t first = (panel + p) * kPanel, left = from.columns - first;
+      float last[kPanel];
+      float* to = left < kPanel ? last : products + first;
+      for (int c = 0; c < kColumns; c++) store(to + c * kLanes, sums[r][p * kColumns + c]);
+      if (left < kPanel) std::memcpy(products + first, last, sizeof(float) * static_cast<size_t>(left));
+    }
+  }
+}
+
+void multiply(const Multiplication& from) {
+  const int64_t panels = (from.columns + kPanel - 1) / kPanel;
+  const int64_t whole = from.count / kRows * kRows;
+  for (int64_t panel = 0; panel < panels; panel++)
+    for (int64_t row = 0; row < whole; row += kRows) multiply_panels<kRows, 1>(from, row, panel);
+  for (int64_t row = whole; row < from.count; row++) {  // several panels, for else each sum waits for the last
+    int64_t panel = 0;
+    for (; panel + 4 <= panels; panel += 4) multiply_panels<1, 4>(from, row, panel);
+    for (; panel < panels; panel++) multiply_panels<1, 1>(from, row, panel);
+  }
+}
+
 // -- the whole --------------------------------------------------------------------------------------------------------
 
 // Chooses leaves of one query; they are then in scratch.chosen, as list_visits wants them. Returns how many.
-size_t route(const Index& index, const Request& request, int64_t q, const int32_t* counts, int32_t* group_counts,
-             Scratch& scratch) {
+size_t route(const Index& index, const Request& request, int64_t q, const float* products, const int32_t* counts,
+             int32_t* group_counts, Scratch& scratch) {
   Amount held{0, 0};
   if (request.given) {
     int32_t* leaves = scratch.chosen.room(static_cast<size_t>(request.given_width));
@@ -836,22 +907,47 @@ size_t route(const Index& index, const Request& request, int64_t q, const int32_
     std::sort(leaves + std::min<int64_t>(kFirst, held.leaves), leaves + held.leaves, Less{});
   } else {
     const Amount needed{std::min(request.goal, index.items), std::max<int64_t>(request.least_leaves, 1)};
-    held = choose_leaves(index, request.products + q * request.columns, counts, group_counts, needed, scratch);
+    held = choose_leaves(index, products, counts, group_counts, needed, scratch);
   }
   const size_t count = static_cast<size_t>(held.leaves);
-  if (request.shown && !request.given) {
-    Scored* best = scratch.sorted.room(count + 1);
-    for (size_t i = 0; i < count; i++) best[i] = {scratch.scores.data[scratch.chosen.data[i]], scratch.chosen.data[i]};
-    std::sort(best, best + count, Less{});
-    for (int64_t i = 0; i < request.shown; i++) {
-      const bool there = i < held.leaves;
-      request.shown_leaves[q * request.shown + i] = there ? best[i].number : -1;
-      request.shown_scores[q * request.shown + i] = there ? best[i].score : INFINITY;
-    }
+  if (request.leaves) {
+    Opened* opened = request.leaves + q * index.leaves;
+    for (size_t i = 0; i < count; i++) opened[i] = {scratch.scores.data[scratch.chosen.data[i]], scratch.chosen.data[i]};
   }
   request.candidates[q] = held.items;
   request.opened[q] = held.leaves;
   return count;
+}
+
+// A query as it is compared: divided by its length, if that is given.
+const float* comparable(const Index& index, const Request& request, int64_t q, float* memory) {
+  const float* query = request.vectors + q * index.dim;
+  if (!request.lengths) return query;
+  const float length = request.lengths[q];
+  for (int32_t d = 0; d < index.dim; d++) memory[d] = query[d] / length;
+  return memory;
+}
+
+// Some queries in the space of the codes, and their products with all words, into scratch.rotated and scratch.products.
+void transform(const Index& index, const Request& request, int64_t first, size_t count, Scratch& scratch) {
+  const size_t dim = static_cast<size_t>(index.dim), turned = static_cast<size_t>(index.turned);
+  const size_t width = index.rotation ? dim : turned;
+  float* query = scratch.query.room(dim);
+  float* centred = scratch.centred.room(count * width);
+  for (size_t i = 0; i < count; i++) {
+    const float* from = comparable(index, request, first + static_cast<int64_t>(i), query);
+    float* to = centred + i * width;
+    for (size_t d = 0; d < dim; d++) to[d] = from[d] - index.centre[d];
+    std::memset(to + dim, 0, sizeof(float) * (width - dim));
+  }
+  const int64_t rows = static_cast<int64_t>(count);
+  float* rotated = scratch.rotated.room(count * turned);
+  if (index.rotation)
+    multiply({rows, index.dim, centred, index.rotation, index.turned, rotated});
+  else
+    std::memcpy(rotated, centred, sizeof(float) * count * turned);
+  float* products = scratch.products.room(count * static_cast<size_t>(index.columns));
+  multiply({rows, index.turned, rotated, index.words, index.columns, products});
 }
 
 // Writes the hits of one query.
@@ -861,7 +957,7 @@ void finish(const Index& index, const Request& request, int64_t q, const Scan& s
   float* distances = request.distances + q * width;
   int64_t filled = 0;
   if (request.k) {
-    const float* query = request.vectors + q * index.dim;
+    const float* query = comparable(index, request, q, scratch.query.room(static_cast<size_t>(index.dim)));
     const size_t found = index.dtype == kFloat32   ? rerank<float>(index, query, scan.best, scratch)
                          : index.dtype == kFloat16 ? rerank<uint16_t>(index, query, scan.best, scratch)
                                                    : rerank<int8_t>(index, query, scan.best, scratch);
@@ -892,6 +988,7 @@ void finish(const Index& index, const Request& request, int64_t q, const Scan& s
 constexpr size_t kTogether = 512;       // queries that are scanned together, at most,
 constexpr size_t kTogetherBytes = 8 << 20;  // unless what they need takes more memory than that
 constexpr size_t kPieceBytes = 256 << 10;   // of memory that one query after the other scans, so that it stays in the cache
+constexpr size_t kTransformed = 8 * kRows;  // queries whose products are made together, so that these stay in the cache
 
 // Some of the queries [first, last), the first ones: as many as are scanned together. Returns how many.
 int64_t search_together(const Index& index, const Request& request, int64_t first, int64_t last, Scratch& scratch,
@@ -915,11 +1012,14 @@ int64_t search_together(const Index& index, const Request& request, int64_t firs
   for (; queries < most && listed * sizeof(Visit) < kTogetherBytes; queries++) {
     const double started = now();
     const int64_t q = first + static_cast<int64_t>(queries);
-    const float* products = request.products + q * request.columns;
-    const size_t count = route(index, request, q, counts, group_counts, scratch);
+    const size_t place = queries % kTransformed;
+    if (!place) transform(index, request, q, std::min(kTransformed, most - queries), scratch);
+    const float* rotated = scratch.rotated.data + place * static_cast<size_t>(index.turned);
+    const float* products = scratch.products.data + place * static_cast<size_t>(index.columns);
+    const size_t count = route(index, request, q, products, counts, group_counts, scratch);
     const double routed = now();
     Scan& scan = scans[queries];
-    scan.tables = make_tables(index, request.rotated + q * index.parts * index.width, products, scratch, luts + queries * bytes);
+    scan.tables = make_tables(index, rotated, products, scratch, luts + queries * bytes);
     scan.best.start(keep, found + queries * room);
     scan.next = listed;
     list_visits(index, products, count, scan, scratch);
@@ -948,9 +1048,13 @@ int64_t search_together(const Index& index, const Request& request, int64_t firs
   return static_cast<int64_t>(queries);
 }
 
-void search(const Index& index, const Request& request, int64_t first, int64_t last, double* seconds) {
-  Scratch scratch;
-  while (first < last) first += search_together(index, request, first, last, scratch, seconds);
+void search(const Index& index, const Request& request, Tiles& tiles, double* seconds) {
+  // What a single query needs stays for the next one of its thread: to ask the system for it takes as long as a scan
+  thread_local Scratch kept;
+  Scratch made;
+  Scratch& scratch = request.queries == 1 ? kept : made;
+  for (int64_t first, last; next_tile(tiles, first, last);)
+    while (first < last) first += search_together(index, request, first, last, scratch, seconds);
 }
 
 // -- encoding ---------------------------------------------------------------------------------------------------------
@@ -1053,55 +1157,6 @@ void encode(const Encoding& from, int64_t first, int64_t last) {
       }
     }
     from.scalars[i] = constant;
-  }
-}
-
-// -- products of queries with words -----------------------------------------------------------------------------------
-//
-// As BLAS does it, but in the thread that asks, and in no other: BLAS has threads of its own, which wait for work by
-// turning round, and so take the processor from those that scan.
-
-constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 3 : 1;  // at a time: their sums fill the registers
-constexpr int kColumns = kPanel / kLanes;
-
-// `Rows` rows times `Panels` panels; the last panel may have fewer columns.
-template <int Rows, int Panels>
-void multiply_panels(const Multiplication& from, int64_t row, int64_t panel) {
-  Register sums[Rows][Panels * kColumns];
-  for (auto& of_row : sums)
-    for (Register& sum : of_row) sum = zero();
-  const int64_t dim = from.dim;
-  const float* rows = from.rows + row * dim;
-  const float* packed = from.packed + panel * dim * kPanel;
-  for (int64_t d = 0; d < dim; d++) {
-    Register words[Panels * kColumns];
-    for (int p = 0; p < Panels; p++)
-      for (int c = 0; c < kColumns; c++)
-        words[p * kColumns + c] = load(packed + (p * dim + d) * kPanel + c * kLanes);
-    for (int r = 0; r < Rows; r++)
-      for (int c = 0; c < Panels * kColumns; c++) sums[r][c] = multiply_add(spread(rows[r * dim + d]), words[c], sums[r][c]);
-  }
-  for (int r = 0; r < Rows; r++) {
-    float* products = from.products + (row + r) * from.columns;
-    for (int p = 0; p < Panels; p++) {
-      const int64_t first = (panel + p) * kPanel, left = from.columns - first;
-      float last[kPanel];
-      float* to = left < kPanel ? last : products + first;
-      for (int c = 0; c < kColumns; c++) store(to + c * kLanes, sums[r][p * kColumns + c]);
-      if (left < kPanel) std::memcpy(products + first, last, sizeof(float) * static_cast<size_t>(left));
-    }
-  }
-}
-
-void multiply(const Multiplication& from) {
-  const int64_t panels = (from.columns + kPanel - 1) / kPanel;
-  const int64_t whole = from.count / kRows * kRows;
-  for (int64_t panel = 0; panel < panels; panel++)
-    for (int64_t row = 0; row < whole; row += kRows) multiply_panels<kRows, 1>(from, row, panel);
-  for (int64_t row = whole; row < from.count; row++) {  // several panels, for else each sum waits for the last
-    int64_t panel = 0;
-    for (; panel + 4 <= panels; panel += 4) multiply_panels<1, 4>(from, row, panel);
-    for (; panel < panels; panel++) multiply_panels<1, 1>(from, row, panel);
   }
 }
 

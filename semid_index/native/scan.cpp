@@ -22,7 +22,29 @@ namespace {
 using namespace semid;
 
 constexpr int64_t kHugePage = 2 << 20;
-constexpr int64_t kTile = 512, kLeastTile = 16;  // queries that a thread takes at a time
+constexpr int64_t kRowsTogether = 1024;  // that are multiplied with a matrix together, if there are many
+constexpr int64_t kTile = 512, kLeastTile = 16;  // queries that a thread takes at a time: at most, at least
+
+}  // namespace
+
+struct semid::Tiles {
+  int64_t count, threads;
+  std::atomic<int64_t> taken{0};
+};
+
+// Large ones first, for queries scanned together help each other; small ones at last, so that threads end together.
+bool semid::next_tile(Tiles& tiles, int64_t& first, int64_t& last) {
+  first = tiles.taken.load();
+  do {
+    const int64_t left = tiles.count - first;
+    if (left <= 0) return false;
+    const int64_t share = tiles.threads > 1 ? 2 * left / (3 * tiles.threads) : left;
+    last = first + std::min(left, std::min(kTile, std::max(kLeastTile, share)));
+  } while (!tiles.taken.compare_exchange_weak(first, last));
+  return true;
+}
+
+namespace {
 
 int32_t best_isa() {
 #ifdef SEMID_X86
@@ -46,22 +68,26 @@ const Kernel& kernel(int32_t isa) {
   return kernel_plain;
 }
 
-// Calls work(thread, first, last) for tiles of all numbers below `count`, on so many threads.
+// Calls work(thread) in so many threads, one of them that of the caller.
 template <typename Work>
-void in_tiles(int64_t count, int64_t tile, size_t threads, Work work) {
-  std::atomic<int64_t> next{0};
-  auto run = [&](size_t thread) {
-    for (int64_t first; (first = next.fetch_add(tile)) < count;)
-      work(thread, first, first + tile < count ? first + tile : count);
-  };
+void in_threads(size_t threads, Work work) {
   std::vector<std::thread> others;
-  const size_t tiles = static_cast<size_t>((count + tile - 1) / tile);
   try {
-    for (size_t t = 1; t < threads && t < tiles; t++) others.emplace_back(run, t);
+    for (size_t t = 1; t < threads; t++) others.emplace_back(work, t);
   } catch (const std::system_error&) {  // the system gives no more threads: those there are do it
   }
-  run(0);
+  work(size_t{0});
   for (std::thread& other : others) other.join();
+}
+
+// Calls work(first, last) for tiles of all numbers below `count`, on so many threads.
+template <typename Work>
+void in_tiles(int64_t count, int64_t tile, int32_t threads, Work work) {
+  std::atomic<int64_t> next{0};
+  const int64_t most = std::min<int64_t>(threads, (count + tile - 1) / tile);
+  in_threads(static_cast<size_t>(std::max<int64_t>(most, 1)), [&](size_t) {
+    for (int64_t first; (first = next.fetch_add(tile)) < count;) work(first, first + tile < count ? first + tile : count);
+  });
 }
 
 struct Owner {
@@ -99,6 +125,10 @@ struct semid_parts {
   float factor;
   const void* vectors;
   const float* scale;
+  const float* centre;    // (dim)
+  const float* rotation;  // (dim, turned) packed, or null
+  const float* words;     // (turned, columns) packed
+  int32_t turned, columns;
 };
 
 static void take_terms(Owner& owner, const semid_parts& from) {
@@ -154,7 +184,7 @@ static void take_terms(Owner& owner, const semid_parts& from) {
   index.further_count = static_cast<int32_t>(owner.further.size());
 }
 
-SEMID_API int32_t semid_abi() { return 3; }
+SEMID_API int32_t semid_abi() { return 4; }
 
 // 0 plain, 1 AVX2, 2 AVX-512
 SEMID_API int32_t semid_best_isa() { return best_isa(); }
@@ -188,6 +218,11 @@ SEMID_API void* semid_new(const semid_parts* from) try {
   index.dtype = from->dtype;
   index.vectors = from->vectors;
   index.scale = from->scale;
+  index.centre = from->centre;
+  index.rotation = from->rotation;
+  index.words = from->words;
+  index.turned = from->turned;
+  index.columns = from->columns;
 
   index.first_constants = from->first_constants;
   const int64_t stride = index.block_stride();
@@ -262,13 +297,14 @@ SEMID_API void* semid_new(const semid_parts* from) try {
 SEMID_API int32_t semid_search(const void* handle, const Request* request) try {
   const Index& index = static_cast<const Owner*>(handle)->index;
   const Kernel& chosen = kernel(request->isa);
-  const size_t threads = static_cast<size_t>(request->threads > 0 ? request->threads : 1);
-  std::vector<std::array<double, 3>> seconds(threads);
-  const int64_t share = request->queries / (2 * static_cast<int64_t>(threads)) + 1;
-  const int64_t tile = threads == 1 || share > kTile ? kTile : share < kLeastTile ? kLeastTile : share;
-  in_tiles(request->queries, tile, threads, [&](size_t thread, int64_t first, int64_t last) {
-    chosen.search(index, *request, first, last, seconds[thread].data());
-  });
+  const int64_t most = std::min<int64_t>(request->threads, (request->queries + kLeastTile - 1) / kLeastTile);
+  Tiles tiles{request->queries, most, {}};
+  if (most <= 1) {
+    chosen.search(index, *request, tiles, request->seconds);
+    return 0;
+  }
+  std::vector<std::array<double, 3>> seconds(static_cast<size_t>(most));
+  in_threads(seconds.size(), [&](size_t thread) { chosen.search(index, *request, tiles, seconds[thread].data()); });
   for (const auto& part : seconds)
     for (size_t i = 0; i < 3; i++) request->seconds[i] += part[i];
   return 0;
@@ -278,8 +314,11 @@ SEMID_API int32_t semid_search(const void* handle, const Request* request) try {
 
 // See Multiplication.
 SEMID_API void semid_multiply(const float* rows, int64_t count, int32_t dim, const float* packed, int64_t columns,
-                              float* products, int32_t isa) {
-  kernel(isa).multiply({count, dim, rows, packed, columns, products});
+                              float* products, int32_t threads, int32_t isa) {
+  const Kernel& chosen = kernel(isa);
+  in_tiles(count, kRowsTogether, threads, [&](int64_t first, int64_t last) {
+    chosen.multiply({last - first, dim, rows + first * dim, packed, columns, products + first * columns});
+  });
 }
 
 // The words of some items: (count, heads + 1) columns of the products; no first one if the scan reads no first codes.
@@ -312,8 +351,8 @@ SEMID_API void semid_sum_words(const float* words, int32_t dim, const int32_t* c
 
 SEMID_API int32_t semid_encode(const Encoding* encoding, int32_t threads, int32_t isa) try {
   const Kernel& chosen = kernel(isa);
-  in_tiles(encoding->items, 1024, static_cast<size_t>(threads > 0 ? threads : 1),
-           [&](size_t, int64_t first, int64_t last) { chosen.encode(*encoding, first, last); });
+  in_tiles(encoding->items, 1024, threads,
+           [&](int64_t first, int64_t last) { chosen.encode(*encoding, first, last); });
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;
@@ -321,8 +360,7 @@ SEMID_API int32_t semid_encode(const Encoding* encoding, int32_t threads, int32_
 
 SEMID_API int32_t semid_train(const Training* training, int32_t threads, int32_t isa) try {
   const Kernel& chosen = kernel(isa);
-  in_tiles(training->parts, 1, static_cast<size_t>(threads > 0 ? threads : 1),
-           [&](size_t, int64_t first, int64_t last) { chosen.train(*training, first, last); });
+  in_tiles(training->parts, 1, threads, [&](int64_t first, int64_t last) { chosen.train(*training, first, last); });
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;

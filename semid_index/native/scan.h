@@ -65,15 +65,25 @@ struct Index {
   const void* vectors = nullptr;
   const float* scale = nullptr;  // of int8 rows
 
+  // What queries are multiplied with; matrices are packed as Multiplication wants them
+  const float* centre = nullptr;    // (dim) subtracted from queries
+  const float* rotation = nullptr;  // (dim, turned); null: queries are padded with zeros instead
+  const float* words = nullptr;     // (turned, columns), times factor
+  int32_t turned = 0, columns = 0;
+
   int64_t block_stride() const { return kBlock * static_cast<int64_t>(rows + heads) + 2 * kBlock; }
+};
+
+// A leaf that a query opened.
+struct Opened {
+  float score;
+  int32_t leaf;
 };
 
 struct Request {
   int64_t queries;
-  const float* vectors;   // (queries, dim) for exact distances
-  const float* rotated;   // (queries, parts * width)
-  const float* products;  // (queries, columns), times factor already
-  int64_t columns;
+  const float* vectors;  // (queries, dim)
+  const float* lengths;  // (queries) that vectors are divided by; null: they are taken as they are
   int64_t goal;          // open leaves until they hold so many items,
   int64_t least_leaves;  // and until there are so many
   const int64_t* given;  // or open these: (queries, given_width), padded with -1
@@ -81,18 +91,20 @@ struct Request {
   const int32_t* counts;   // (leaves) items of a leaf that count towards the goal; null: all
   const uint8_t* allowed;  // (items) nonzero for those that may be found; null: all
   int64_t keep;            // best of the scan
-  int64_t k;     // hits; 0: give back what the scan kept, by its own distances
-  int64_t* positions;   // (queries, k or keep)
-  float* distances;     // the same
-  int64_t* candidates;  // (queries)
-  int64_t* opened;      // (queries)
-  int64_t shown;        // leaves to give back, best first
-  int64_t* shown_leaves;  // (queries, shown), padded with -1
-  float* shown_scores;    // (queries, shown)
-  double* seconds;      // route, scan, rerank: of all threads together
+  int64_t k;               // hits; 0: give back what the scan kept, by its own distances
+  int64_t* positions;      // (queries, k or keep)
+  float* distances;        // the same
+  int64_t* candidates;     // (queries)
+  int64_t* opened;         // (queries)
+  Opened* leaves;          // (queries, leaves) those opened, in no order; null: not wanted. Not with `given`
+  double* seconds;         // products and route, scan, rerank: of all threads together
   int32_t threads;
   int32_t isa;  // -1: the best; else 0 plain, 1 AVX2, 2 AVX-512
 };
+
+// Queries that threads share among themselves: each takes some, until there are none left.
+struct Tiles;
+bool next_tile(Tiles& tiles, int64_t& first, int64_t& last);
 
 // Items to be encoded: each is the sum of some words, and of what is left, which gets one 4-bit code per part.
 struct Encoding {
@@ -129,8 +141,8 @@ struct Multiplication {
 };
 
 struct Kernel {
-  // Queries [first, last) of a request.
-  void (*search)(const Index&, const Request&, int64_t first, int64_t last, double* seconds);
+  // Queries of a request, as long as there are tiles.
+  void (*search)(const Index&, const Request&, Tiles&, double* seconds);
   // Items [first, last).
   void (*encode)(const Encoding&, int64_t first, int64_t last);
   // Parts [first, last).

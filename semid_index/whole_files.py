@@ -1,0 +1,96 @@
+"""Files that take their names only when they are complete.
+
+What is to become a file is written under another name beside it, as its part. So whatever happens, there is the file
+that was there before, or the whole new one. A process that is killed leaves its part behind; the next one that writes
+the same file removes it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from semid_index.database import check_not_in_use, remove_log
+from semid_index.errors import IndexExistsError, IndexFileError, IndexLockedError, StorageError
+
+_parts: set[str] = set()  # those that this process is writing
+
+
+@contextmanager
+def new_file(target: Path, index: Path | None, *, overwrite: bool) -> Iterator[Path]:
+    """Where to write what is to become ``target``, which must not be the file of the ``index`` that it comes from.
+
+    The caller gives it its name in the end, with ``replace``.
+    """
+    with storage_errors(target):
+        _check_place(target, index, overwrite=overwrite)
+        with part_of(target) as part:
+            yield part
+
+
+@contextmanager
+def storage_errors(target: Path) -> Iterator[None]:
+    """What the system refuses, as an error that names the file that was to be written."""
+    try:
+        yield
+    except IndexFileError:  # some are errors of the system as well
+        raise
+    except OSError as error:
+        raise StorageError(f"{target} cannot be written: {error.strerror}. Use another path.") from error
+
+
+@contextmanager
+def part_of(target: Path, name: str = "") -> Iterator[Path]:
+    """A path beside ``target`` to write it at; what is there in the end, and was not renamed, is removed."""
+    part = target.with_name(name or f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    _parts.add(os.path.realpath(part))
+    try:
+        _remove_leftovers(target)
+        with suppress(OSError):
+            _remove_part(part)
+        yield part
+    finally:
+        with suppress(OSError):
+            _remove_part(part)
+        _parts.discard(os.path.realpath(part))
+
+
+def _check_place(target: Path, index: Path | None, *, overwrite: bool) -> None:
+    """Refuse to write a file where it cannot be, or must not."""
+    if not target.parent.is_dir():
+        raise IndexFileError(f"There is no folder {target.parent}. Create it first.")
+    if target.is_dir():
+        raise IndexExistsError(f"{target} is a folder. Give the path of a file.")
+    if target.exists() and index is not None and target.samefile(index):
+        raise IndexExistsError(f"{target} is the index itself. Give the path of another file.")
+    if target.exists() and not overwrite:
+        raise IndexExistsError(f"{target} exists. Replace it with overwrite=True (--overwrite), or use another path.")
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove the parts that killed processes left.
+
+    Another process may be writing one just now. Then DuckDB holds a lock on it, whether it is a database or a file
+    that COPY writes.
+    """
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.part")
+    with suppress(OSError):  # a folder that is not there, or cannot be listed
+        left = [entry for entry in target.parent.iterdir() if name.fullmatch(entry.name)]
+        for part in left:
+            if os.path.realpath(part) not in _parts:
+                with suppress(OSError, IndexLockedError):
+                    check_not_in_use(part)
+                    _remove_part(part)
+
+
+def _remove_part(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    remove_log(part)
+    shutil.rmtree(
+        part.with_name(part.name + ".tmp"), ignore_errors=True
+    )  # where DuckDB puts what memory has no room for
