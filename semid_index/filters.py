@@ -280,8 +280,8 @@ class _Parser:
         """The statement ``SELECT 1 FROM t WHERE (<where>)`` as a tree. It is parsed, not run."""
         text = f"{_BEFORE}{where}{_AFTER}"
         with self._lock:
-            row = self._connection.execute("SELECT json_serialize_sql($1)", [text]).fetchone()
-        answer = json.loads(row[0] if row else "{}")
+            [(said,)] = self._connection.execute("SELECT json_serialize_sql($1)", [text]).fetchall()
+        answer = json.loads(said)
         if answer["error"]:
             raise _parser_error(answer)
         if len(answer["statements"]) != 1:

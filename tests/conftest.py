@@ -23,6 +23,19 @@ settings.load_profile("patient")
 pytest.register_assert_rewrite("semid_index.testing")
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = (
+    "test_quality_runs_on_the_sample",
+    "test_any_sequence_of_calls",
+    "test_bench.py",
+    "test_docs.py",
+    "test_65_536",
+)
+"""What takes ten seconds or more each, by a part of its name."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that no worker still has such a test when the others have nothing left."""
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -51,6 +51,11 @@ def test_what_the_index_is(opened):
     assert len(index) == len(expected["items"]) == 310
 
 
+def test_nothing_is_wrong_with_it(opened):
+    """Also where it is read in the format that it was written in."""
+    assert opened[0].verify().failed == ()
+
+
 def test_ids_codes_and_metadata(opened):
     index, expected = opened
     view = index.sql("SELECT id, semantic_id, dup_rank FROM semantic_ids ORDER BY id").fetchall()

@@ -133,6 +133,24 @@ def test_a_damaged_file_gives_the_same_or_an_error(zygote, files, name, long, tm
     assert outcomes["same"] < count
 
 
+@pytest.mark.skipif(DUCKDB_1, reason="DuckDB 1.5 may crash on blocks in each other's places")
+def test_settings_that_duckdb_does_not_find_by_their_keys(zygote, files, tmp_path):
+    """With the index of their keys in another place, a migration would write a second setting of the same key."""
+    damaged = bytearray(files["plain"].read_bytes())
+    first, second = (slice(HEADERS + block * BLOCK, HEADERS + (block + 1) * BLOCK) for block in (3, 9))
+    damaged[first], damaged[second] = damaged[second], damaged[first]
+    path = tmp_path / "index.duckdb"
+    path.write_bytes(damaged)
+    [[kind, message, _]] = zygote.run("read_all", path=path, read_only=False).of("refused")
+    assert (kind, message) == (
+        "CorruptIndexError",
+        "The index is damaged: DuckDB does not find its settings by their keys. Restore it from a copy, or build it "
+        "again.",
+    )
+    assert path.read_bytes() == damaged
+    assert zygote.run("search_and_verify", path=path).one("failed") == ["blocks"]
+
+
 def test_whole_blocks_that_changed_places(zygote, long, tmp_path):
     """What DuckDB's checksums cannot see: they say that a block is whole, and not that it is where it belongs.
 

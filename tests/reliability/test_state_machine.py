@@ -1,13 +1,17 @@
 """Any sequence of calls leaves the index as a dict would be left, and searches find what NumPy finds.
 
-Hypothesis chooses the calls and, where one sequence goes wrong, finds a short one that does.
+Hypothesis chooses the calls and, where one sequence goes wrong, finds a short one that does. The long form can be done
+in several goes, each of which chooses other calls: ``SEMID_RUNS=2000 pytest -n 2 -s`` does 2,000 runs, and says after
+each of the 20 parts how many it did.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,7 @@ from semid_index.index import SemanticIndex
 DIM = 6
 LONG = bool(os.environ.get("SEMID_LONG"))
 # of all kinds of index below together; with the older DuckDB, where `make test` comes a second time, it does fewer
-RUNS = 10_000 if LONG else 200 if duckdb.__version__ >= "2" else 40
+RUNS = int(os.environ.get("SEMID_RUNS") or (10_000 if LONG else 200 if duckdb.__version__ >= "2" else 40))
 STEPS = 50
 PARTS = 5  # of the runs of each kind, which several processes share out among them
 SELDOM = 5  # steps until what takes longest, compact and retrain, may come again
@@ -73,6 +77,7 @@ def machine(kind: str, start: Path) -> type[RuleBasedStateMachine]:
 
     class Life(RuleBasedStateMachine):
         index: SemanticIndex
+        runs = calls = 0  # of all such machines
 
         def __init__(self) -> None:
             super().__init__()
@@ -232,6 +237,8 @@ def machine(kind: str, start: Path) -> type[RuleBasedStateMachine]:
             try:
                 report = self.index.verify(sample=len(POOL))  # all vectors, all codes
                 assert report.ok, report
+                type(self).runs += 1
+                type(self).calls += self.steps - 1  # the first look comes before any call
             finally:
                 self.index.close()
                 self.folder.cleanup()
@@ -256,13 +263,20 @@ def distances(query: NDArray[np.float32], vectors: NDArray[np.float32], metric: 
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_sequence_of_calls(kind, part, trained):
+    life, started = machine(kind, trained(kind)), time.process_time()
+    wanted = max(1, RUNS // len(KINDS) // PARTS)
     run_state_machine_as_test(
-        machine(kind, trained(kind)),
+        life,
         settings=settings(
-            max_examples=RUNS // len(KINDS) // PARTS,
+            max_examples=wanted,
             stateful_step_count=STEPS,
             derandomize=False,  # the parts would do the same
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
+    seconds = time.process_time() - started
+    did = f"{life.runs} runs, {life.calls} calls, {seconds:.0f} s of processor time"
+    said = f"{kind}, part {part + 1} of {PARTS}: {did}"
+    print(said, file=sys.stderr, flush=True)  # with -s the workers of pytest-xdist show this, and not what they print
+    assert life.runs >= wanted
