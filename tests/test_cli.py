@@ -28,7 +28,7 @@ from semid_index import records
 from semid_index.cli import app, build
 
 ROOT = Path(semid.__file__).parents[1]
-COMMANDS = ["demo", "build", "add", "delete", "search", "tree", "sql", "export", "verify", "copy"]
+COMMANDS = ["demo", "build", "add", "delete", "search", "tree", "sql", "export", "import", "verify", "copy"]
 COMMANDS += ["compact", "retrain", "versions", "stats", "report", "bench", "plugins", "doctor"]
 ROWS, DIM, LEVELS, WORDS = 600, 16, 3, 16
 SECTIONS = ["games", "fonts", "mail"]
