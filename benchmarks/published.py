@@ -149,35 +149,31 @@ class Plan:
 
     def hour(self) -> list[Step]:
         """What an hour of a quiet machine is for, the most important first."""
-        fast = [Step(name, self._race(name, HOUR_FAST, both=True), m) for name, m in _minutes("fast")]
-        scripts = [self._script(name, m) for name, m in _minutes("scripts")]
-        everyone = [
-            Step(f"{name}-peers", self._race(name, f"{HOUR_FAST},{HOUR_PEERS[name]}"), m)
-            for name, m in _minutes("peers")
-        ]
+        races = [Step(name, self._race(name), m) for name, m in _MINUTES["races"].items()]
+        scripts = [self._script(name, m) for name, m in _MINUTES["scripts"].items()]
         grown = [Step(f"growth-{n}", partial(self._grow, n), m, whole=m > 2) for n, m in _GROWN_MINUTES.items()]
-        # two sizes are enough for an exponent, and sooner done than a graph of a million nodes
-        return [*fast, *scripts, *everyone[:-1], *grown[:2], everyone[-1], *grown[2:]]
+        return [*races, *scripts, *grown]
 
     def preparations(self) -> list[Step]:
         """What the hour need not do: peers built and searched in each way, vectors generated, codes judged alone."""
-        fast = [Step(f"{name}-faiss", self._race(name, "faiss-ivf-pq", race=False)) for name, _ in _minutes("fast")]
-        peers = [Step(f"{name}-peers", self._race(name, HOUR_PEERS[name], race=False)) for name, _ in _minutes("peers")]
+        peers = [Step(f"{name}-peers", self._race(name, race=False)) for name in HOUR_PEERS]
         grown = [Step(f"growth-{rows}", partial(self._grow_ready, rows)) for rows in HOUR_GROWN]
         quickly = tuple(kind for kind in KINDS if kind not in ("lsq", "balanced-rq"))
         judged = [self.referee("debian", HOUR_BYTES), self.referee("sift128", HOUR_BYTES, quickly)]
-        return [*fast, *peers, *grown, *judged]
+        return [*peers, *grown, *judged]
 
-    def _race(self, name: str, subjects: str, *, both: bool = False, race: bool = True) -> Callable[[float], None]:
-        """``both``: then with all threads too, batches only those that raced with one."""
+    def _race(self, name: str, *, race: bool = True) -> Callable[[float], None]:
+        """All with one thread, then batches with all threads, of the fast ones that raced with one."""
 
         def work(until: float) -> None:
             data = self.named(name, HOUR_QUERIES)
             ways = HOUR_WAYS if name == "sift128" else HOUR_WAYS_SMALL
-            options = {"subjects": subjects, **self._hourly(ways, until)}
-            run_subjects(data, self.output, **options, modes=("batch", "single") if race else ())
-            if both:
-                run_subjects(data, self.output, **options, threads="all", modes=("batch",))
+            options = self._hourly(ways, until)
+            if not race:
+                run_subjects(data, self.output, subjects=f"faiss-ivf-pq,{HOUR_PEERS[name]}", modes=(), **options)
+                return
+            run_subjects(data, self.output, subjects=f"{HOUR_FAST},{HOUR_PEERS[name]}", **options)
+            run_subjects(data, self.output, subjects=HOUR_FAST, threads="all", modes=("batch",), **options)
 
         return work
 
@@ -227,15 +223,10 @@ _OPTIONS = {
     "tiers": ([], ["--set", "sample", "--rows", "2000", "--queries", "50", "--codebook-size", "16"]),
 }
 _MINUTES = {
-    "fast": {"sift128": 11.0, "debian": 6.0, "mnist784": 7.0},
+    "races": {"sift128": 14.0, "debian": 9.0, "mnist784": 9.0},
     "scripts": {"latency": 2.0, "opening": 4.0, "tiers": 4.0},
-    "peers": {"debian": 5.0, "mnist784": 5.0, "sift128": 8.0},
 }
 _GROWN_MINUTES = dict(zip(HOUR_GROWN, (1.0, 3.5, 7.0, 1.5, 20.0), strict=True))
-
-
-def _minutes(part: str) -> list[tuple[str, float]]:
-    return list(_MINUTES[part].items())
 
 
 def say(text: str) -> None:
