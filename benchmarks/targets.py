@@ -130,19 +130,21 @@ def _beside(results: Results, peer: str, level: float) -> Compared | None:
 
 
 def _threads(results: Results | None, name: str) -> Target:
-    """The same way to search, with one thread and with two."""
+    """The same way to search, with one thread and with two: the fastest of ours that raced with both."""
     what = f"{name}, batch, recall {_LEVEL}: two threads, of one"
-    if results is None or 2 not in results.threads:
+    one, two = (None, None) if results is None else (results.race("batch", threads) for threads in (1, 2))
+    if one is None or two is None:
         return at_least(what, THREADS, None)
-    mine = _fastest_of_ours(results, "batch", 2, _LEVEL)
-    race = results.race("batch", 1)
-    if mine is None or race is None:
+    alone = {point.key: spread(one.seconds(n)).median for n, point in enumerate(one.contestants)}
+    both = [
+        (spread(two.seconds(n)).median, point)
+        for n, point in enumerate(two.contestants)
+        if point.subject.startswith(OURS) and point.recall >= _LEVEL and point.key in alone
+    ]
+    if not both:
         return at_least(what, THREADS, None)
-    alone = [race.seconds(n) for n, point in enumerate(race.contestants) if point.key == mine.point.key]
-    if not alone:
-        return at_least(what, THREADS, None)
-    times = spread(alone[0]).median / spread(mine.seconds).median
-    return at_least(what, THREADS, times, note=f" ({mine.point.subject})")
+    seconds, point = min(both, key=lambda one: one[0])
+    return at_least(what, THREADS, alone[point.key] / seconds, note=f" ({point.subject})")
 
 
 def _latency(results: Results | None, name: str) -> Target:

@@ -556,6 +556,19 @@ def test_the_page_says_who_wins(tmp_path):
     )
 
 
+def test_builds_on_a_busy_machine_have_a_star():
+    results = race_of(*((f"semid-{name}", 0.97, 300, [1.0]) for name in "abcde"))
+    seen = [(None, False), (None, True), (0.05, True), (1.25, False), (1.75, True)]
+    results.built = [
+        replace(built, others=others, earlier=earlier)
+        for built, (others, earlier) in zip(results.built, seen, strict=True)
+    ]
+    text = speed_table(results, 1)
+    stars = {row.split("**")[1]: row.endswith("* |") for row in text.splitlines() if row.startswith("| 0.9 |")}
+    assert stars == {"semid-a": False, "semid-b": True, "semid-c": False, "semid-d": True, "semid-e": True}
+    assert "\\* built when other programs had 1.2 to 1.8 processors on average" in text
+
+
 # -- bytes ------------------------------------------------------------------------------------------------------------
 
 

@@ -183,23 +183,23 @@ def speed_table(results: Results, threads: int) -> str:
                 _build(best.built),
             ]
             lines.append(f"| {' | '.join(columns)} |")
-    notes = [_not_reaching(results, threads), _built_before(results, threads)]
+    notes = [_not_reaching(results, threads), _built_when_busy(results, threads)]
     return "\n\n".join(["\n".join([*head, *lines]), *(note for note in notes if note)])
 
 
 def _build(built: Built | None) -> str:
-    """Seconds; a star where they are not of this run."""
-    return "" if built is None else f"{_seconds(built.seconds)}{'*' if built.earlier else ''}"
+    """Seconds; a star where the machine was busy with other work, or nobody knows."""
+    return "" if built is None else f"{_seconds(built.seconds)}{'' if built.quiet else '*'}"
 
 
-def _built_before(results: Results, threads: int) -> str:
-    """What the star means: how busy the machine was when these were built."""
-    raced_builds = [best.built for best in raced(results, "batch", threads) if best.built and best.built.earlier]
-    if not raced_builds:
+def _built_when_busy(results: Results, threads: int) -> str:
+    """What the star means: how busy the machine was."""
+    starred = [one.built for one in raced(results, "batch", threads) if one.built and not one.built.quiet]
+    if not starred:
         return ""
-    known = [built.others for built in raced_builds if built.others is not None]
-    busy = f", when other programs had {min(known):.1f} to {max(known):.1f} processors on average" if known else ""
-    return f"\\* built before this run{busy}: not to be compared with other times."
+    known = [built.others for built in starred if built.others is not None]
+    busy = f"when other programs had {min(known):.1f} to {max(known):.1f} processors on average" if known else "earlier"
+    return f"\\* built {busy}: not to be compared with other times."
 
 
 def _not_reaching(results: Results, threads: int) -> str:

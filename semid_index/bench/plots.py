@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from semid_index.bench.compare import Best, all_best, raced
 from semid_index.bench.measures import front, growth
 from semid_index.bench.referee import LARGE_CATALOGUE, Rulings
-from semid_index.bench.results import Mode, Results
+from semid_index.bench.results import Built, Mode, Results
 from semid_index.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -233,23 +233,26 @@ def draw_builds(results: Results, path: Path) -> Path | None:
     if not results.threads:
         return None
     threads = results.threads[0]
-    chosen: dict[str, float] = {}
+    builds: dict[str, Built] = {}
     for best in raced(results, "batch", threads):
         fast = all_best(results, "batch", threads, 0.95).get(best.point.subject, best)
         if fast.built is not None:
-            chosen[best.point.subject] = fast.built.seconds
-    if not chosen:
+            builds[best.point.subject] = fast.built
+    if not builds:
         return None
+    chosen = {name: built.seconds for name, built in builds.items()}
     order = sorted(chosen, key=lambda name: -chosen[name])
     with _figure((8.2, 0.9 + 0.27 * len(order)), path) as [axes]:
         bars = axes.barh(order, [chosen[name] for name in order], color=[_style(n).color for n in order], height=0.65)
-        axes.bar_label(bars, [f"{_seconds(chosen[name])}" for name in order], padding=3, fontsize=8.5)
+        labels = [f"{_seconds(chosen[name])}{'' if builds[name].quiet else '*'}" for name in order]
+        axes.bar_label(bars, labels, padding=3, fontsize=8.5)
         axes.set_xscale("log")
         axes.set_xlim(right=3 * max(chosen.values()))
         axes.xaxis.set_major_formatter(lambda value, _: _seconds(value))
         axes.grid(visible=False, axis="y")
         built = results.built[0].threads
-        axes.set_xlabel(f"from vectors in memory to files that can be opened, {_threads(built)}")
+        star = "" if all(each.quiet for each in builds.values()) else "; * on a busy machine"
+        axes.set_xlabel(f"from vectors in memory to files that can be opened, {_threads(built)}{star}")
         axes.set_title(_title(results, "time to build"))
     return path
 

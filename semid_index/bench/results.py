@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from semid_index.errors import InvalidArgumentError
 
 FORMAT = 1
+_QUIET = 0.1  # processors that others may have while something is built
 Mode = Literal["batch", "single"]
 
 
@@ -35,6 +36,11 @@ class Built:
     """How many processors other programs had meanwhile, on average."""
     earlier: bool = False
     """Not in this run: the files were in a folder of builds."""
+
+    @property
+    def quiet(self) -> bool:
+        """Whether the time means something: other programs had next to nothing to do, as far as is known."""
+        return not self.earlier if self.others is None else self.others <= _QUIET
 
 
 @dataclass(frozen=True)
