@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 OTHER_DUCKDB := .duckdb-1.5
 STAMP := $(VENV)/.installed
-# what these test has nothing to do with DuckDB, so that they run once
-WITHOUT_DUCKDB := alignment balanced_rq baselines beam bench benchmarks codes devices gpu layers lookup metrics native \
-	quantizers report report_page rq vectors
+# what these test has nothing to do with DuckDB, or is on top of what others test with both, so that they run once
+WITHOUT_DUCKDB := alignment balanced_rq baselines beam bench benchmarks codes demo devices gpu layers lookup metrics \
+	native plugins quantizers report report_cli report_page rq tiers vectors whole_files
 PEERS := $(VENV)/.peers
 
 .PHONY: demo test test-quick test-duckdb-1.5 test-long lint docs-check docs bench-tiny bench clean
@@ -14,7 +14,7 @@ PEERS := $(VENV)/.peers
 demo: $(STAMP)
 	$(BIN)/semid demo --output demo.duckdb
 
-# lint, the whole suite with DuckDB 2, the whole suite with DuckDB 1.5, the generated pages, and the benchmark on 2,000 rows
+# lint, the whole suite with DuckDB 2, what depends on it with DuckDB 1.5, the generated pages, and the benchmark on 2,000 rows
 test: lint docs-check test-quick test-duckdb-1.5 bench-tiny
 
 test-quick: $(STAMP)
