@@ -1,7 +1,7 @@
 """All figures of docs/benchmarks.md, by one command; what is done already is not done again.
 
     python -m benchmarks.published --data FOLDER --hour --prepare    # builds the peers, as long as it takes
-    python -m benchmarks.published --data FOLDER --hour --minutes 55 # the figures, in an hour of a quiet machine
+    python -m benchmarks.published --data FOLDER --hour --minutes 55 # the figures, in half an hour of a quiet machine
     python -m benchmarks.published --data FOLDER                     # everything: expect 15 hours on 2 quiet cores
 
 ``FOLDER`` (or the environment variable SEMID_DATA) has the sets of benchmarks/datasets.py. Results go, as they come,
@@ -68,8 +68,10 @@ HOUR_PEERS = {
     "mnist784": "hnswlib,scann,faiss,usearch",
 }
 HOUR_BYTES = (4, 8, 16)
-HOUR_GROWN = (100_000, 1_000_000, 3_000_000, 300_000, 10_000_000)
-"""If time runs out, ends say more than what is between them."""
+HOUR_GROWN = (100_000, 1_000_000, 3_000_000, 300_000, 10_000_000, 30_000, 10_000)
+"""If time runs out, sizes far apart say more than what is between them."""
+HOUR_GROWN_WAYS = {"faiss-ivf-pq": 2}
+HOUR_GROWN_BOTH = 3_000_000  # above, FAISS would take minutes to build
 HOUR_GROWN_QUERIES = 1_000
 
 
@@ -178,7 +180,8 @@ class Plan:
         return work
 
     def _grow(self, rows: int, until: float) -> None:
-        options = {"subjects": "semid-int8", "modes": ("batch",), **self._hourly(HOUR_WAYS, until)}
+        subjects = "semid-int8,faiss-ivf-pq" if rows <= HOUR_GROWN_BOTH else "semid-int8"
+        options = {"subjects": subjects, "modes": ("batch",), **self._hourly(HOUR_GROWN_WAYS, until)}
         run_subjects(self.grown(rows), self.output, **options)
 
     def _grow_ready(self, rows: int, _until: float) -> None:
@@ -223,10 +226,10 @@ _OPTIONS = {
     "tiers": ([], ["--set", "sample", "--rows", "2000", "--queries", "50", "--codebook-size", "16"]),
 }
 _MINUTES = {
-    "races": {"sift128": 14.0, "debian": 9.0, "mnist784": 9.0},
-    "scripts": {"latency": 2.0, "opening": 4.0, "tiers": 4.0},
+    "races": {"sift128": 3.0, "debian": 4.5, "mnist784": 3.5},
+    "scripts": {"latency": 1.0, "opening": 4.0, "tiers": 6.0},
 }
-_GROWN_MINUTES = dict(zip(HOUR_GROWN, (1.0, 3.5, 7.0, 1.5, 20.0), strict=True))
+_GROWN_MINUTES = dict(zip(HOUR_GROWN, (0.5, 2.5, 5.0, 1.0, 3.0, 0.5, 0.5), strict=True))
 
 
 def say(text: str) -> None:
