@@ -209,7 +209,10 @@ def _one_process(found: dict[str, Any]) -> Iterator[Target]:
 
 def _opening(found: dict[str, Any] | None) -> Iterator[Target]:
     """Making the file of sift128, of what FAISS takes in memory; and opening it, the first search included."""
-    build, open_ = "sift128, building the file: of FAISS's time with its default sample", "sift128, open and search once"
+    build, open_ = (
+        "sift128, building the file: of FAISS's time with its default sample",
+        "sift128, open and search once",
+    )
     if found is None or found["rows"] < _OPENED_ROWS:
         yield from (at_most(build, BUILD, None), at_most(open_, OPEN, None, " s"))
         return
