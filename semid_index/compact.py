@@ -14,11 +14,11 @@ import numpy as np
 
 from semid_index.arrow import fixed_size_matrix
 from semid_index.build import uses_all_bits
-from semid_index.database import check_not_in_use, remove_log, sync_file, sync_folder
+from semid_index.database import sync_file
 from semid_index.errors import IndexLockedError, ReadOnlyError
 from semid_index.records import CompactReport
 from semid_index.store import Store
-from semid_index.whole_files import new_file, part_of, storage_errors
+from semid_index.whole_files import new_index, part_of, storage_errors
 
 _PROBED_ROWS = 256  # stored vectors looked at to choose how they are written
 _ATTEMPTS = 3  # copies that compact writes while others go on changing the file
@@ -27,23 +27,15 @@ _ATTEMPTS = 3  # copies that compact writes while others go on changing the file
 def save_copy(store: Store, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Write a copy of the index, as it is at one moment, to a file of its own; returns its path."""
     target = Path(path)
-    with new_file(target, store.path, overwrite=overwrite) as part:
-        if target.exists():
-            check_not_in_use(target)
+    with new_index(target, store.path, overwrite=overwrite) as part:
         store.write_copy(part, target, compress=_compresses(store))
-        sync_file(part)
-        remove_log(target)  # of the file that is replaced
-        part.replace(target)
-        sync_folder(target)
     return target
 
 
 def save_codebooks(store: Store, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Write an index with the same codebooks, and without items, to a file of its own; returns its path."""
     target = Path(path)
-    with new_file(target, store.path, overwrite=overwrite) as part:
-        if target.exists():
-            check_not_in_use(target)
+    with new_index(target, store.path, overwrite=overwrite) as part:
         empty = Store.create(part, store.config)
         try:
             if store.is_trained:
@@ -51,10 +43,6 @@ def save_codebooks(store: Store, path: str | os.PathLike[str], *, overwrite: boo
                 empty.save_training(store.config, report, store.layout, arrays, hierarchical=store.hierarchical)
         finally:
             empty.close()
-        sync_file(part)
-        remove_log(target)
-        part.replace(target)
-        sync_folder(target)
     return target
 
 

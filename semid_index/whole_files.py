@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from semid_index.database import check_not_in_use, remove_log
+from semid_index.database import check_not_in_use, remove_log, sync_file, sync_folder
 from semid_index.errors import IndexExistsError, IndexFileError, IndexLockedError, StorageError
 
 _parts: set[str] = set()  # those that this process is writing
@@ -31,6 +31,19 @@ def new_file(target: Path, index: Path | None, *, overwrite: bool) -> Iterator[P
         _check_place(target, index, overwrite=overwrite)
         with part_of(target) as part:
             yield part
+
+
+@contextmanager
+def new_index(target: Path, index: Path | None, *, overwrite: bool) -> Iterator[Path]:
+    """The same for an index, which takes its name in the end, on the disk; not that of one that somebody has open."""
+    with new_file(target, index, overwrite=overwrite) as part:
+        if target.exists():
+            check_not_in_use(target)
+        yield part
+        sync_file(part)
+        remove_log(target)  # of the file that is replaced
+        part.replace(target)
+        sync_folder(target)
 
 
 @contextmanager
@@ -91,6 +104,5 @@ def _remove_leftovers(target: Path) -> None:
 def _remove_part(part: Path) -> None:
     part.unlink(missing_ok=True)
     remove_log(part)
-    shutil.rmtree(
-        part.with_name(part.name + ".tmp"), ignore_errors=True
-    )  # where DuckDB puts what memory has no room for
+    # where DuckDB puts what memory has no room for
+    shutil.rmtree(part.with_name(part.name + ".tmp"), ignore_errors=True)
