@@ -31,7 +31,7 @@ from semid_index.errors import (
     SemidError,
 )
 from semid_index.items import as_ids, as_metadata, check_count, id_type
-from semid_index.metrics import normalized
+from semid_index.metrics import comparable
 from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
 from semid_index.quantizers.kmeans import training_device
 from semid_index.quantizers.tail import Tail, default_tail
@@ -163,7 +163,7 @@ def training_sample(source: VectorSource, quantizer: Quantizer, config: IndexCon
     wanted = sample or usable_sample(quantizer)
     rows = source.sample(min(int(wanted), source.rows), seed=config.seed)
     _refuse(unusable_rows(rows, config.metric), config, "of the training sample ")
-    return normalized(rows) if config.metric == "cosine" else rows
+    return comparable(rows, config.metric)
 
 
 # -- adding -----------------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ class ItemWriter:
 
     def comparable(self, vectors: Vectors) -> Vectors:
         """Vectors as they are encoded: at length 1 under cosine."""
-        return normalized(vectors) if self._config.metric == "cosine" else vectors
+        return comparable(vectors, self._config.metric)
 
     def propose(self, comparable: Vectors) -> Codes:
         """The codes that the quantizer proposes, (n, L); a collision policy may place the items elsewhere."""

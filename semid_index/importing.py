@@ -27,7 +27,7 @@ from semid_index.errors import (
     SourceNotFoundError,
 )
 from semid_index.export import codebooks_digest
-from semid_index.metrics import normalized
+from semid_index.metrics import comparable
 from semid_index.quantizer import Codes, ProgressCallback, Quantizer
 from semid_index.quantizers.tail import Tail
 from semid_index.report.id_files import codes_of_array
@@ -197,13 +197,13 @@ def _check_codebooks(file: Path, items: ImportedItems, incoming: Incoming, store
             f"{file} has IDs of other codebooks, which mean something else here. {_OTHER_CODEBOOKS}"
         )
     vectors = next(incoming.source.batches(_PROBED_ROWS))
-    comparable = normalized(vectors) if store.config.metric == "cosine" else vectors
+    encoded = comparable(vectors, store.config.metric)
     codes = items.codes[: len(vectors)]
     error, least = (
-        float(np.square(comparable - quantizer.decode(some), dtype=np.float64).sum())
-        for some in (codes, quantizer.encode(comparable))
+        float(np.square(encoded - quantizer.decode(some), dtype=np.float64).sum())
+        for some in (codes, quantizer.encode(encoded))
     )
-    if error > _MOST_ERROR * least + _ROUNDING * float(np.square(comparable, dtype=np.float64).sum()):
+    if error > _MOST_ERROR * least + _ROUNDING * float(np.square(encoded, dtype=np.float64).sum()):
         raise InvalidCodesError(
             f"{file}: the IDs do not fit the vectors: what they decode to is {error / max(least, 1e-30):.1f} times as "
             f"far from them as with IDs of this index. {_OTHER_CODEBOOKS}"

@@ -49,7 +49,7 @@ from semid_index.gpu import SearchOnGpu, why_not
 from semid_index.importing import import_items
 from semid_index.items import as_ids, check_count, id_type
 from semid_index.live import Live
-from semid_index.metrics import check_metric, normalized
+from semid_index.metrics import check_metric, comparable
 from semid_index.plugins import collision_policy_class, quantizer_class
 from semid_index.progress import progress_callback
 from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
@@ -514,7 +514,7 @@ class SemanticIndex:
         self._check_trained()
         matrix = as_vectors(vectors, dim=self.config.dim)
         self._check_usable(matrix, "vector")
-        return self._quantizer.encode(normalized(matrix) if self.config.metric == "cosine" else matrix)
+        return self._quantizer.encode(comparable(matrix, self.config.metric))
 
     def decode(self, codes: Any) -> Vectors:
         """The vectors that codes (n, levels) stand for: (n, dim). Under cosine, of vectors at length 1."""
@@ -929,7 +929,7 @@ class SemanticIndex:
         sample = source.sample(min(source.rows, _HELD_OUT), seed=self.config.seed)
         matrix = as_vectors(sample, dim=self.config.dim, what="held-out vectors")
         self._check_usable(matrix, "held-out vector")
-        matrix = normalized(matrix) if self.config.metric == "cosine" else matrix
+        matrix = comparable(matrix, self.config.metric)
         return self._quantizer.encode(matrix), matrix
 
     def _labels(self, labels: Mapping[str, Any] | Sequence[str] | None) -> Mapping[str, Any]:

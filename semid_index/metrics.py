@@ -44,6 +44,11 @@ def normalized(vectors: Vectors) -> Vectors:
     return vectors / divisors(vectors)[:, None]
 
 
+def comparable(vectors: Vectors, metric: Metric) -> Vectors:
+    """Vectors as they are encoded, and compared with what codes decode to: at length 1 under cosine."""
+    return normalized(vectors) if metric == "cosine" else vectors
+
+
 def divisors(vectors: Vectors) -> NDArray[np.float32]:
     """What vectors (n, dim) are divided by to be at length 1: (n,); a zero vector by 1."""
     lengths: NDArray[np.float32] = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))

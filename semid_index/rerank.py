@@ -147,7 +147,7 @@ class MemoryVectors(VectorsByPosition):
 
         def place(positions: Positions, batch: dict[str, NDArray[Any]]) -> None:
             stored = batch["v"].view(dtype)
-            vectors[positions] = metrics.normalized(stored) if metric == "cosine" and dtype == np.float32 else stored
+            vectors[positions] = metrics.comparable(stored, metric) if dtype == np.float32 else stored
             if scale is not None:
                 scale[positions] = batch["scale"]
 
@@ -269,7 +269,7 @@ def _distances_taken_together(vectors: VectorsByPosition, queries: Vectors, posi
         if not len(wanted):
             continue
         taken = vectors.take(wanted)
-        rows = MemoryVectors(metrics.normalized(taken) if vectors.metric == "cosine" else taken, None, vectors.metric)
+        rows = MemoryVectors(metrics.comparable(taken, vectors.metric), None, vectors.metric)
         numbers = np.full(there.shape, -1, dtype=np.int64)
         numbers[there] = places
         found[part] = rows.distances(queries[part], numbers)
@@ -548,8 +548,7 @@ def _nearest_in_lists(
 ) -> tuple[Positions, Distances]:
     """The k nearest of the items at some positions; probe i opens ``positions[starts[i]:starts[i + 1]]``."""
     faiss = import_faiss()
-    rows = vectors.take(positions)
-    rows = np.ascontiguousarray(metrics.normalized(rows) if vectors.metric == "cosine" else rows)
+    rows = np.ascontiguousarray(metrics.comparable(vectors.take(positions), vectors.metric))
     metric = faiss.METRIC_L2 if vectors.metric == "l2" else faiss.METRIC_INNER_PRODUCT
     no_centroids = faiss.IndexFlat(vectors.dim, metric)
     index = faiss.IndexIVFFlat(no_centroids, vectors.dim, len(starts) - 1, metric)

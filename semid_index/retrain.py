@@ -31,7 +31,7 @@ from semid_index.build import (
 from semid_index.collisions import CollisionPolicy, own_quantizer, with_extra_levels
 from semid_index.errors import InvalidArgumentError, InvalidIdsError, InvalidVectorsError, NotTrainedError, PluginError
 from semid_index.items import as_ids, id_type
-from semid_index.metrics import normalized
+from semid_index.metrics import comparable
 from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
 from semid_index.quantizers.kmeans import training_device
 from semid_index.quantizers.tail import Tail
@@ -131,13 +131,13 @@ class _Items:
         rows = np.sort(self._store.rows())
         wanted = min(usable_sample(quantizer), len(rows))
         chosen = np.sort(np.random.default_rng(self.config.seed).choice(rows, wanted, replace=False))
-        return self._comparable(self._decoded(self._store.vectors_of(chosen, *self._columns)))
+        return comparable(self._decoded(self._store.vectors_of(chosen, *self._columns)), self.config.metric)
 
     def batches(self) -> Iterator[tuple[NDArray[np.int64], pa.Array, Codes, Vectors]]:
         """Rows, ids, codes and vectors of all items, some at a time."""
         for rows, vectors in self._rows_and_vectors():
             ids, codes = self._store.ids_and_codes_of(rows)
-            yield rows, ids, codes, self._comparable(vectors)
+            yield rows, ids, codes, comparable(vectors, self.config.metric)
 
     def _rows_and_vectors(self) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
         if self._given is None:
@@ -156,9 +156,6 @@ class _Items:
 
     def _decoded(self, stored: dict[str, NDArray[Any]]) -> Vectors:
         return from_stored(stored["v"].view(stored_dtype(self.config.vectors)), stored.get("scale"))
-
-    def _comparable(self, vectors: Vectors) -> Vectors:
-        return normalized(vectors) if self.config.metric == "cosine" else vectors
 
 
 def _sources(store: Store, vectors: Any, ids: Any) -> tuple[_Items, VectorSource | None]:

@@ -21,7 +21,7 @@ from semid_index import native
 from semid_index.codes import unpack
 from semid_index.devices import cores
 from semid_index.lookup import LeafScorer, Leaves, Matches, Probes
-from semid_index.metrics import normalized
+from semid_index.metrics import comparable
 from semid_index.native import NativeIndex, Scanned, ScannedOne, ScanParts, Wanted
 from semid_index.quantizer import Vectors
 from semid_index.rerank import Distances, FileVectors, MemoryVectors, Positions, ScanData, VectorsByPosition, smallest
@@ -222,18 +222,13 @@ def words_of(data: ScanData, most: int = _HEADS) -> Words:
     return Words(words, tuple(np.cumsum([0, *sizes])[:-1].tolist()), sizes)
 
 
-def _comparable(rows: Vectors, metric: str) -> Vectors:
-    """Vectors as they were encoded: at length 1 under cosine."""
-    return normalized(rows) if metric == "cosine" else rows
-
-
 def _learn_space(data: ScanData, vectors: VectorsByPosition, words: Words, threads: int) -> _Space:
     """Directions and codewords for what the words leave over, from a sample."""
     rng = np.random.default_rng(_SEED)
     chosen = np.arange(vectors.count)
     if vectors.count > _SAMPLE:
         chosen = np.sort(rng.choice(vectors.count, _SAMPLE, replace=False))
-    rows = _comparable(vectors.take(chosen), vectors.metric)
+    rows = comparable(vectors.take(chosen), vectors.metric)
     mean = rows.mean(axis=0)
     left = rows.copy()
     for column in words.columns_of(data, chosen).T:
@@ -286,7 +281,7 @@ def _encode(
     # the same memory for all batches: new memory of this size would be fetched from the system, page by page, each time
     centred, turned = (np.empty((_BATCH, width), dtype=np.float32) for width in space.rotation.shape)
     for batch, taken in vectors.batches(_BATCH):
-        rows = np.subtract(_comparable(taken, vectors.metric), space.centre, out=centred[: len(taken)])
+        rows = np.subtract(comparable(taken, vectors.metric), space.centre, out=centred[: len(taken)])
         columns = words.columns_of(data, batch)
         lengths = np.einsum("ij,ij->i", rows, rows)
         rotated = rotate(rows, out=turned[: len(taken)])

@@ -292,8 +292,7 @@ class _Rounding:
 
     def rows(self, positions: slice | Positions) -> Vectors:
         """Vectors, not yet scaled."""
-        rows = self.data.vectors.take(positions)
-        return metrics.normalized(rows) if self.data.metric == "cosine" else rows
+        return metrics.comparable(self.data.vectors.take(positions), self.data.metric)
 
     def blocks(self, count: int) -> list[tuple[int, int]]:
         """From where to where so many vectors are converted at once."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semid_index.errors import InvalidArgumentError, InvalidVectorsError
-from semid_index.metrics import distances, exact_search, normalized
+from semid_index.metrics import comparable, distances, exact_search
 from semid_index.quantizer import Codes, ProgressCallback, Vectors
 from semid_index.records import Metric
 from semid_index.report.measures import Counts, SortedIds, prefix_probe_recall
@@ -66,7 +66,7 @@ class Items:
 
     def prepared(self, batch: Vectors) -> Vectors:
         """A batch as the quantizer sees it: at length 1 under cosine."""
-        return normalized(batch) if self.metric == "cosine" else batch
+        return comparable(batch, self.metric)
 
 
 # -- first pass: what does not depend on codewords -------------------------------------------------------------------
