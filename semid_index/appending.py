@@ -18,6 +18,7 @@ from semid_index.codes import CodeLayout, pack, pack_rest, unpack
 from semid_index.collisions import Below
 from semid_index.database import USER_ERRORS, first_line, read_over, run_over
 from semid_index.errors import RESTORE, CorruptIndexError, InvalidArgumentError
+from semid_index.quantizer import Vectors
 from semid_index.records import CollisionCounts, Uniqueness
 
 if TYPE_CHECKING:
@@ -288,6 +289,15 @@ class Appending:
                 f"The metadata column {column} has the type {given}, but in the index it is {kept}, which cannot hold "
                 f"{str(found[0][0])[:80]!r}. Convert the column, or give it another name."
             )
+
+
+def uses_all_bits(vectors: Vectors) -> bool:
+    """Whether most values need more than the upper 10 of the 23 bits of a float32's mantissa, as those of a model do.
+
+    Whole numbers and values that came from float16 do not.
+    """
+    low_bits = vectors.view(np.uint32) & np.uint32(0x1FFF)
+    return bool(np.count_nonzero(low_bits) > low_bits.size / 2)
 
 
 def _checksums(batch: ItemBatch) -> dict[str, checksums.Checksums]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from semid_index.appending import Appending, ItemBatch
+from semid_index.appending import Appending, ItemBatch, uses_all_bits
+from semid_index.coder import Coder
 from semid_index.codes import CodeLayout, pack, pack_rest, unpack
 from semid_index.collisions import Arrivals, CollisionPolicy, Share, own_quantizer, with_extra_levels
 from semid_index.drift import counted
@@ -21,24 +21,27 @@ from semid_index.errors import (
     RESTORE,
     AlreadyTrainedError,
     CorruptIndexError,
-    DimensionMismatchError,
-    DuplicateIdError,
-    InvalidArgumentError,
-    InvalidIdsError,
-    InvalidVectorsError,
-    NotTrainedError,
     PluginError,
     SemidError,
 )
-from semid_index.items import as_ids, as_metadata, check_count, id_type
+from semid_index.incoming import (
+    Incoming,
+    Items,
+    check_incoming,
+    open_source,
+    refuse_known,
+    refuse_unusable,
+    unusable_rows,
+)
+from semid_index.items import check_count, id_type
 from semid_index.metrics import comparable
 from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
 from semid_index.quantizers.kmeans import training_device
-from semid_index.quantizers.tail import Tail, default_tail
-from semid_index.records import CollisionCounts, IndexConfig, LevelReport, Metric, TrainReport
+from semid_index.quantizers.tail import TAIL_ARRAY, Tail, default_tail
+from semid_index.records import CollisionCounts, IndexConfig, LevelReport, TrainReport
 from semid_index.rerank import to_stored
 from semid_index.store import Store, fingerprints
-from semid_index.vectors import VectorSource, open_vectors
+from semid_index.vectors import VectorSource
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,12 +52,7 @@ _SAMPLE_PER_CODEWORD = 256
 _SMALLEST_SAMPLE = 65_536
 REPORT_ROWS = 20_000
 _TAIL_LEAST_ROWS = 256  # with fewer training rows a tail would learn next to nothing
-_LARGEST_FLOAT16 = 65_504.0
-_CHECKED_AT_ONCE = 50_000
 _PROBED_ROWS = 256  # rows looked at to choose how vectors are written
-LARGEST_SQUARE = 1e37  # the squared length of a vector, so that squared distances stay within float32
-_LARGEST_ID = 2**63 - 1
-TAIL_ARRAY = "tail_codebooks"
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -62,23 +60,19 @@ TAIL_ARRAY = "tail_codebooks"
 
 def train(
     store: Store,
-    quantizer: Quantizer,
-    policy: CollisionPolicy,
+    untrained: Coder,
     vectors: Any,
     *,
     sample: int | None,
     progress: ProgressCallback | None,
-) -> tuple[TrainReport, Quantizer, Tail | None]:
-    """Learn codebooks, and tail codebooks, from (a sample of) vectors, and save them.
-
-    The quantizer that comes back has the levels that the policy adds.
-    """
+) -> tuple[TrainReport, Coder]:
+    """Learn codebooks, and tail codebooks, from (a sample of) vectors, and save them."""
     if store.is_trained:
         raise AlreadyTrainedError(
             "The index is trained already, and training again would change the meaning of its IDs. Create a new index."
         )
-    config = store.config
-    source = _open(vectors, config.dim)
+    config, quantizer, policy = store.config, untrained.quantizer, untrained.policy
+    source = open_source(vectors, config.dim)
     started = time.perf_counter()
     rows = training_sample(source, quantizer, config, sample)
     quantizer.on_progress = progress
@@ -98,15 +92,14 @@ def train(
     )
     report = replace(report, seconds=time.perf_counter() - started)
     config = replace(config, tail=parts, quantizer_config=quantizer.get_config())
-    quantizer = with_extra_levels(quantizer, policy.extra_levels)
-    layout = CodeLayout(tuple(quantizer.codebook_sizes))
-    arrays = {**quantizer.state(), **({TAIL_ARRAY: tail.codebooks} if tail else {})}
-    store.save_training(config, asdict(report), layout, arrays, hierarchical=quantizer.hierarchical)
-    return report, quantizer, tail
+    coder = Coder(with_extra_levels(quantizer, policy.extra_levels), policy, tail)
+    layout = CodeLayout(tuple(coder.quantizer.codebook_sizes))
+    store.save_training(config, asdict(report), layout, coder.arrays(), hierarchical=quantizer.hierarchical)
+    return report, coder
 
 
-def restore(store: Store, quantizer_class: type[Quantizer], policy: CollisionPolicy) -> tuple[Quantizer, Tail | None]:
-    """The trained quantizer of an index, with the levels that the policy adds, and its tail quantizer."""
+def restore(store: Store, quantizer_class: type[Quantizer], policy: CollisionPolicy) -> Coder:
+    """What an index learned, as it is in the file."""
     arrays = store.learned_arrays()
     recorded = store.meta("fingerprints")  # not in files of format 1
     if recorded is not None and recorded != fingerprints(arrays):
@@ -128,7 +121,7 @@ def restore(store: Store, quantizer_class: type[Quantizer], policy: CollisionPol
         ) from error
     if codewords not in ([], [(size, config.dim) for size in store.layout.codebook_sizes]):
         raise CorruptIndexError(f"{damaged} (Codewords are missing.)")
-    return quantizer, None if tail is None else Tail(tail)
+    return Coder(quantizer, policy, None if tail is None else Tail(tail))
 
 
 def level_reports(quantizer: Quantizer, vectors: Vectors) -> tuple[LevelReport, ...]:
@@ -162,7 +155,7 @@ def training_sample(source: VectorSource, quantizer: Quantizer, config: IndexCon
         check_count("sample", sample)
     wanted = sample or usable_sample(quantizer)
     rows = source.sample(min(int(wanted), source.rows), seed=config.seed)
-    _refuse(unusable_rows(rows, config.metric), config, "of the training sample ")
+    refuse_unusable(unusable_rows(rows, config.metric), config, "of the training sample ")
     return comparable(rows, config.metric)
 
 
@@ -171,9 +164,7 @@ def training_sample(source: VectorSource, quantizer: Quantizer, config: IndexCon
 
 def add(
     store: Store,
-    quantizer: Quantizer,
-    policy: CollisionPolicy,
-    tail: Tail | None,
+    coder: Coder,
     vectors: Any,
     ids: Any,
     *,
@@ -193,7 +184,7 @@ def add(
         refuse_known(store, incoming)
 
         def write() -> None:
-            with writing_items(store, quantizer, policy, tail, incoming) as writer:
+            with writing_items(store, coder, incoming) as writer:
                 for items in incoming.batches(batch_size, progress):
                     comparable = writer.comparable(items.vectors)
                     writer.write(items, comparable, writer.place(writer.propose(comparable), comparable))
@@ -203,98 +194,13 @@ def add(
     return incoming.ids.to_numpy() if id_type(incoming.ids) == "int" else incoming.ids.to_pylist()
 
 
-@dataclass(frozen=True)
-class Items:
-    """Some of the items that are to be written."""
-
-    ids: pa.Array
-    vectors: Vectors
-    metadata: pa.Table | None
-
-    def take(self, positions: NDArray[np.int64]) -> Items:
-        """Those at some positions."""
-        metadata = None if self.metadata is None else self.metadata.take(positions)
-        return Items(self.ids.take(positions), self.vectors[positions], metadata)
-
-
-@dataclass(frozen=True)
-class Incoming:
-    """Items that are to be written, checked."""
-
-    source: VectorSource
-    good: pa.BooleanArray | None
-    """(source.rows,) which of them can be used; None if all."""
-    all_ids: pa.Array
-    """(source.rows,)"""
-    ids: pa.Array
-    """(n,) of those that can be used, as are all below."""
-    metadata: pa.Table | None
-
-    def batches(self, batch_size: int, progress: ProgressCallback | None) -> Iterator[Items]:
-        """The items that can be used, some at a time."""
-        done = seen = 0
-        for batch in self.source.batches(batch_size):
-            seen += len(batch)
-            if self.good is not None:
-                batch = batch[self.good[seen - len(batch) : seen].to_numpy(zero_copy_only=False)]
-            if len(batch):
-                metadata = None if self.metadata is None else self.metadata.slice(done, len(batch))
-                yield Items(self.ids[done : done + len(batch)], batch, metadata)
-                done += len(batch)
-            if progress is not None:
-                progress(seen, self.source.rows, "encode and store")
-
-
-def check_incoming(
-    store: Store,
-    vectors: Any,
-    ids: Any,
-    *,
-    metadata: Any,
-    batch_size: int,
-    on_bad_vectors: Literal["error", "drop"],
-) -> Incoming:
-    """Vectors, ids and metadata as a user gave them, checked; raises what is wrong with them."""
-    if not store.is_trained:
-        raise NotTrainedError("The index is not trained. Call index.train(vectors) before adding items.")
-    store.check_writable()
-    if on_bad_vectors not in ("error", "drop"):
-        raise InvalidArgumentError(f"on_bad_vectors must be 'error' or 'drop', not {on_bad_vectors!r}.")
-    check_count("batch_size", batch_size)
-    config = store.config
-    source = _open(vectors, config.dim)
-    good = _check_rows(source, config, batch_size, drop=on_bad_vectors == "drop")
-    all_ids = _ids_to_add(store, ids, source.rows)
-    table = as_metadata(metadata, all_ids)
-    _check_different(all_ids)
-    if good is None:
-        return Incoming(source, None, all_ids, all_ids, table)
-    return Incoming(source, good, all_ids, all_ids.filter(good), None if table is None else table.filter(good))
-
-
-def refuse_known(store: Store, incoming: Incoming) -> None:
-    """Raise :class:`DuplicateIdError` if some of the items are in the index already."""
-    if store.id_type is not None and (known := store.existing_ids(incoming.all_ids)):
-        raise DuplicateIdError(
-            f"Ids are in the index already: {_listed(known)}. Leave them out, or use index.upsert.", ids=known
-        )
-
-
 @contextmanager
-def writing_items(
-    store: Store,
-    quantizer: Quantizer,
-    policy: CollisionPolicy,
-    tail: Tail | None,
-    incoming: Incoming,
-    *,
-    replacing: bool = False,
-) -> Iterator[ItemWriter]:
+def writing_items(store: Store, coder: Coder, incoming: Incoming, *, replacing: bool = False) -> Iterator[ItemWriter]:
     """Encode and write items, in batches, in one transaction. ``replacing``: see :meth:`Store.appending`."""
     compress = store.config.vectors != "float32" or not uses_all_bits(next(incoming.source.batches(_PROBED_ROWS)))
     kind = id_type(incoming.ids)
     with store.appending(kind, replacing=replacing, compress=compress) as appending:
-        writer = ItemWriter(store, quantizer, policy, tail, appending)
+        writer = ItemWriter(store, coder, appending)
         yield writer
         writer.finish()
 
@@ -302,27 +208,19 @@ def writing_items(
 class ItemWriter:
     """Encodes items, lets the collision policy place them, and writes them."""
 
-    def __init__(
-        self,
-        store: Store,
-        quantizer: Quantizer,
-        policy: CollisionPolicy,
-        tail: Tail | None,
-        appending: Appending,
-        *,
-        anew: bool = False,
-    ) -> None:
+    def __init__(self, store: Store, coder: Coder, appending: Appending, *, anew: bool = False) -> None:
         """``anew``: all items are encoded again, so the codes that they have do not count."""
-        self._store, self._quantizer, self._tail = store, quantizer, tail
+        quantizer = coder.quantizer
+        self._store, self._quantizer, self._tail = store, quantizer, coder.tail
         self._own = own_quantizer(quantizer)
         self._config, self._layout = store.config, CodeLayout(tuple(quantizer.codebook_sizes))
         self._anew = anew
         self._first_row = appending.next_row
         self._items, self._error = 0, 0.0
         self._counts = _code_counts(store, quantizer, anew=anew)
-        self._placing = _Placing(policy, quantizer, appending)
+        self._placing = _Placing(coder, appending)
         self.appending = appending
-        self.independent = self._counts is None and isinstance(policy, Share)
+        self.independent = self._counts is None and isinstance(coder.policy, Share)
         """Whether the codes of an item depend on nothing but its vector."""
 
     def comparable(self, vectors: Vectors) -> Vectors:
@@ -394,23 +292,14 @@ class ItemWriter:
         self._placing.finish(CollisionCounts() if self._anew else self._store.collision_counts())
 
 
-def uses_all_bits(vectors: Vectors) -> bool:
-    """Whether most values need more than the upper 10 of the 23 bits of a float32's mantissa, as those of a model do.
-
-    Whole numbers and values that came from float16 do not.
-    """
-    low_bits = vectors.view(np.uint32) & np.uint32(0x1FFF)
-    return bool(np.count_nonzero(low_bits) > low_bits.size / 2)
-
-
 class _Placing:
     """Lets the collision policy place the items of one call of ``add``, and sums up what it costs."""
 
-    def __init__(self, policy: CollisionPolicy, quantizer: Quantizer, appending: Appending) -> None:
-        self._policy, self._own, self._appending = policy, own_quantizer(quantizer), appending
-        self._passive = isinstance(policy, Share)
+    def __init__(self, coder: Coder, appending: Appending) -> None:
+        self._policy, self._own, self._appending = coder.policy, own_quantizer(coder.quantizer), appending
+        self._passive = isinstance(coder.policy, Share)
         self._counts = CollisionCounts()
-        self._shape = (self._own.levels, quantizer.levels)
+        self._shape = (self._own.levels, coder.quantizer.levels)
 
     def place(self, proposed: Codes, vectors: Vectors) -> Codes:
         """The codes to store, (n, levels), for those that the quantizer proposes."""
@@ -473,112 +362,3 @@ def _code_counts(store: Store, quantizer: Quantizer, *, anew: bool) -> list[NDAr
 def _count(codes: Codes, counts: list[NDArray[np.int64]], sign: int = 1) -> None:
     for level, count in enumerate(counts):
         count += sign * np.bincount(codes[:, level], minlength=len(count))
-
-
-# -- checks -----------------------------------------------------------------------------------------------------------
-
-
-def check_source(vectors: Any, config: IndexConfig) -> VectorSource:
-    """Vectors as a user gave them; refuses those that cannot be used."""
-    source = _open(vectors, config.dim)
-    _check_rows(source, config, _CHECKED_AT_ONCE, drop=False)
-    return source
-
-
-def _open(vectors: Any, dim: int) -> VectorSource:
-    source = open_vectors(vectors)
-    if source.dim != dim:
-        raise DimensionMismatchError(dim, source.dim)
-    if source.rows == 0:
-        raise InvalidVectorsError("There are no vectors: the array has 0 rows. Give one or more.")
-    return source
-
-
-def _check_rows(source: VectorSource, config: IndexConfig, batch_size: int, *, drop: bool) -> pa.BooleanArray | None:
-    """Which rows can be used; None if all of them."""
-    import pyarrow as pa
-
-    bad = [np.empty(0, dtype=np.int64)]
-    start = 0
-    for batch in source.batches(batch_size):
-        rows = unusable_rows(batch, config.metric)
-        if config.vectors == "float16":
-            rows = np.union1d(rows, np.flatnonzero(np.abs(batch).max(axis=1) > _LARGEST_FLOAT16))
-        bad.append(rows + start)
-        start += len(batch)
-    rows = np.concatenate(bad)
-    if not len(rows):
-        return None
-    if not drop:
-        _refuse(rows, config, "")
-    if len(rows) == source.rows:
-        raise InvalidVectorsError(
-            f"None of the {source.rows} vectors can be used: {allowed(config)}", rows=rows[:10].tolist()
-        )
-    log.warning("dropped %d of %d vectors that cannot be used", len(rows), source.rows)
-    good = np.ones(source.rows, dtype=bool)
-    good[rows] = False
-    return pa.array(good)
-
-
-def unusable_rows(vectors: Vectors, metric: Metric) -> NDArray[np.int64]:
-    """The rows that have no distances to others: NaN, infinite, far too long, or zero under cosine."""
-    squares = np.einsum("ij,ij->i", vectors, vectors)  # which warns of no overflow
-    least = np.float32(0) if metric == "cosine" else np.float32(-1)
-    if len(squares) == 1 and least < squares[0] <= LARGEST_SQUARE:  # a single query has no time to lose
-        return np.empty(0, dtype=np.int64)
-    return np.flatnonzero(~((squares > least) & (squares <= LARGEST_SQUARE)))  # no comparison with NaN is true
-
-
-def _refuse(rows: NDArray[np.int64], config: IndexConfig, where: str) -> None:
-    if len(rows):
-        listed = ", ".join(str(row) for row in rows[:5]) + (" ..." if len(rows) > 5 else "")
-        raise InvalidVectorsError(
-            f"{len(rows)} vectors cannot be used, in rows {where}{listed}: {allowed(config)} "
-            "Mend them, or leave them out (add does with on_bad_vectors='drop').",
-            rows=rows[:10].tolist(),
-        )
-
-
-def allowed(config: IndexConfig) -> str:
-    """Which vectors an index takes, in words."""
-    zero = "; and under cosine the zero vector has no direction" if config.metric == "cosine" else ""
-    large = f"; and float16 reaches up to {_LARGEST_FLOAT16:,.0f}" if config.vectors == "float16" else ""
-    return f"NaN, infinite values and lengths above {math.sqrt(LARGEST_SQUARE):.0e} are not allowed{zero}{large}."
-
-
-def _ids_to_add(store: Store, ids: Any, count: int) -> Any:
-    import pyarrow as pa
-
-    if ids is not None:
-        array = as_ids(ids, count=count)
-        kind = id_type(array)
-        if store.id_type not in (None, kind):
-            raise InvalidIdsError(
-                f"The ids of this index are of type {store.id_type}; these are of type {kind}. "
-                "The first add fixed the type."
-            )
-        return array
-    if store.id_type == "str":
-        raise InvalidIdsError("The ids of this index are strings, so every vector needs one. Pass ids=[...].")
-    first = store.largest_id() + 1
-    if first + count - 1 > _LARGEST_ID:
-        raise InvalidIdsError(
-            f"There are no {count} whole numbers of 64 bits above the largest id, {first - 1}. Pass ids=[...]."
-        )
-    return pa.array(np.arange(first, first + count))
-
-
-def _check_different(ids: Any) -> None:
-    import pyarrow.compute as pc
-
-    counts = pc.value_counts(ids)
-    if len(counts) != len(ids):
-        twice = [entry["values"].as_py() for entry in counts.filter(pc.greater(counts.field("counts"), 1))[:5]]
-        raise DuplicateIdError(
-            f"Ids occur more than once in this batch: {_listed(twice)}. Each item needs an id of its own.", ids=twice
-        )
-
-
-def _listed(values: list[Any]) -> str:
-    return ", ".join(repr(value)[:80] for value in values[:5]) + (" ..." if len(values) >= 5 else "")

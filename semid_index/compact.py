@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from semid_index.appending import uses_all_bits
 from semid_index.arrow import fixed_size_matrix
-from semid_index.build import uses_all_bits
 from semid_index.database import sync_file
 from semid_index.errors import IndexLockedError, ReadOnlyError
 from semid_index.records import CompactReport

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from semid_index.arrow import fixed_size_list, fixed_size_matrix
-from semid_index.build import TAIL_ARRAY
 from semid_index.errors import InvalidArgumentError
+from semid_index.quantizers.tail import TAIL_ARRAY
 from semid_index.records import Tier
 from semid_index.rerank import from_stored
 from semid_index.store import Store, VectorColumn, fingerprints

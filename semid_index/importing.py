@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from semid_index.build import Incoming, check_incoming, refuse_known, writing_items
+from semid_index.build import writing_items
+from semid_index.coder import Coder
 from semid_index.codes import format_id
-from semid_index.collisions import CollisionPolicy
 from semid_index.errors import (
     DuplicateIdError,
     InvalidArgumentError,
@@ -27,9 +27,9 @@ from semid_index.errors import (
     SourceNotFoundError,
 )
 from semid_index.export import codebooks_digest
+from semid_index.incoming import Incoming, check_incoming, refuse_known
 from semid_index.metrics import comparable
 from semid_index.quantizer import Codes, ProgressCallback, Quantizer
-from semid_index.quantizers.tail import Tail
 from semid_index.report.id_files import codes_of_array
 from semid_index.store import Store
 from semid_index.vectors import open_vectors, reading_file
@@ -67,9 +67,7 @@ class ImportedItems:
 
 def import_items(
     store: Store,
-    quantizer: Quantizer,
-    policy: CollisionPolicy,
-    tail: Tail | None,
+    coder: Coder,
     path: str | os.PathLike[str],
     *,
     batch_size: int,
@@ -88,12 +86,12 @@ def import_items(
             batch_size=batch_size,
             on_bad_vectors="error",
         )
-        _check_codebooks(file, items, incoming, store, quantizer)
+        _check_codebooks(file, items, incoming, store, coder.quantizer)
         refuse_known(store, incoming)
 
         def write() -> None:
             done = 0
-            with writing_items(store, quantizer, policy, tail, incoming) as writer:
+            with writing_items(store, coder, incoming) as writer:
                 for some in incoming.batches(batch_size, progress):
                     part = slice(done, done + len(some.ids))
                     writer.take_up(items.codes[part])

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from semid_index import build, lifecycle
 from semid_index.arrow import fixed_size_list
+from semid_index.coder import Coder
 from semid_index.codes import check_prefix, format_id, parse_prefix, unpack
 from semid_index.collisions import CollisionPolicy, Share, own_quantizer
 from semid_index.compact import compact, save_codebooks, save_copy
@@ -47,6 +48,7 @@ from semid_index.export import export
 from semid_index.filters import CheckedFilter, check_filter
 from semid_index.gpu import SearchOnGpu, why_not
 from semid_index.importing import import_items
+from semid_index.incoming import allowed, unusable_rows
 from semid_index.items import as_ids, check_count, id_type
 from semid_index.live import Live
 from semid_index.metrics import check_metric, comparable
@@ -54,7 +56,6 @@ from semid_index.plugins import collision_policy_class, quantizer_class
 from semid_index.progress import progress_callback
 from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
 from semid_index.quantizers.kmeans import clustering_on
-from semid_index.quantizers.tail import Tail
 from semid_index.records import (
     CollisionReport,
     CompactReport,
@@ -147,7 +148,7 @@ def create(
     policy.check(made)
     shape = made.get_config(), int(seed), tier, tail, leaf_size
     config = IndexConfig(int(dim), check_metric(metric), quantizer, *shape, _policy_config(policy))
-    return SemanticIndex(Store.create(path, config, overwrite=overwrite), made, None, policy, place=place)
+    return SemanticIndex(Store.create(path, config, overwrite=overwrite), Coder(made, policy, None), place=place)
 
 
 def open(
@@ -182,14 +183,14 @@ def open(
         hint = f"{path} was built with it: install the package that offers it."
         kind = quantizer_class(config.quantizer, hint=hint)
         policy = _make_policy(config.collisions, hint=hint)
-        if not store.is_trained:
-            made = _make_quantizer(kind, dict(config.quantizer_config))
-            return SemanticIndex(store, made, None, policy, vectors_in=vectors_in, place=place)
-        quantizer, tail = build.restore(store, kind, policy)
+        if store.is_trained:
+            coder = build.restore(store, kind, policy)
+        else:
+            coder = Coder(_make_quantizer(kind, dict(config.quantizer_config)), policy, None)
     except BaseException:
         store.close()
         raise
-    return SemanticIndex(store, quantizer, tail, policy, vectors_in=vectors_in, place=place)
+    return SemanticIndex(store, coder, vectors_in=vectors_in, place=place)
 
 
 class SemanticIndex:
@@ -204,9 +205,7 @@ class SemanticIndex:
     def __init__(
         self,
         store: Store,
-        quantizer: Quantizer,
-        tail: Tail | None,
-        policy: CollisionPolicy,
+        coder: Coder,
         *,
         vectors_in: Literal["memory", "file"] = "memory",
         place: _Place | None = None,
@@ -215,9 +214,7 @@ class SemanticIndex:
         self._place = place or _Place("cpu", "float16")
         self._on_gpus: dict[tuple[int, bool], SearchOnGpu] = {}
         self._not_on_gpu = ""  # why "auto" has taken the CPU for good
-        self._policy = policy
-        self._quantizers = {store.version: quantizer}
-        self._tail = tail
+        self._coders, self._policy = {store.version: coder}, coder.policy
         self._vectors_in: Literal["memory", "file"] = vectors_in
         self._live = Live(store, self._read_items)
         self._by_codes: Snapshot | None = None
@@ -238,10 +235,8 @@ class SemanticIndex:
         ``progress``: True shows bars on stderr; a function is called with (done, total, what).
         """
         with self._lock, self._place.training(), progress_callback(progress) as report:
-            result, quantizer, self._tail = build.train(
-                self._store, self._quantizer, self._policy, vectors, sample=sample, progress=report
-            )
-            self._quantizers = {self._store.version: quantizer}
+            result, coder = build.train(self._store, self._coder, vectors, sample=sample, progress=report)
+            self._coders = {self._store.version: coder}
             self.config = self._store.config
         return result
 
@@ -265,9 +260,7 @@ class SemanticIndex:
         with self._lock, self._store.unchanging(), progress_callback(progress) as report:
             return build.add(
                 self._store,
-                self._quantizer,
-                self._policy,
-                self._tail,
+                self._coder,
                 vectors,
                 ids,
                 metadata=metadata,
@@ -295,9 +288,7 @@ class SemanticIndex:
         with self._lock, self._store.unchanging(), progress_callback(progress) as report:
             return lifecycle.upsert(
                 self._store,
-                self._quantizer,
-                self._policy,
-                self._tail,
+                self._coder,
                 vectors,
                 ids,
                 metadata=metadata,
@@ -353,21 +344,19 @@ class SemanticIndex:
         ``compare``: also train from scratch, to report what that would have done to the IDs and to the error.
         """
         with self._lock, self._store.unchanging(), self._place.training(), progress_callback(progress) as callback:
-            report, quantizer = retrain(
+            report, coder = retrain(
                 self._store,
-                self._quantizer,
-                self._policy,
-                self._tail,
+                self._coder,
                 vectors,
                 ids,
                 keep_ids=keep_ids,
                 compare=compare,
                 progress=callback,
-                before_commit=self._quantizers.__setitem__,
+                before_commit=self._coders.__setitem__,
             )
             self._live.forget()
             self._by_codes = None
-            self._quantizers = {report.version: quantizer}
+            self._coders = {report.version: coder}
         return report
 
     def versions(self) -> list[IndexVersion]:
@@ -469,7 +458,7 @@ class SemanticIndex:
         """Refuse queries that cannot be searched for, and none at all."""
         if not len(queries):
             raise InvalidVectorsError("There are no queries: the array has 0 rows. Give one or more.")
-        if len(build.unusable_rows(queries, self.config.metric)):  # which NaN and infinite values are, too
+        if len(unusable_rows(queries, self.config.metric)):  # which NaN and infinite values are, too
             as_queries(given, dim=self.config.dim)  # these are refused in words of their own
             self._check_usable(queries, "query")
 
@@ -640,9 +629,7 @@ class SemanticIndex:
         with self._lock, self._store.unchanging(), progress_callback(progress) as report:
             return import_items(
                 self._store,
-                self._quantizer,
-                self._policy,
-                self._tail,
+                self._coder,
                 path,
                 batch_size=batch_size,
                 progress=report,
@@ -708,7 +695,7 @@ class SemanticIndex:
         ``report.checks`` says what was found.
         """
         with self._lock, progress_callback(progress) as callback:
-            return verify(self._store, self._quantizer, self._policy, self._tail, sample=sample, progress=callback)
+            return verify(self._store, self._coder, sample=sample, progress=callback)
 
     def save_copy(self, path: str | os.PathLike[str], *, items: bool = True, overwrite: bool = False) -> None:
         """Write a copy of the index to a file, as it is at this moment: an index of its own, as small as can be.
@@ -778,14 +765,18 @@ class SemanticIndex:
             self._release_connections()
 
     @property
-    def _quantizer(self) -> Quantizer:
+    def _coder(self) -> Coder:
         """That of the version of the IDs at this moment, which another index on the same file may have retrained."""
         version = self._store.version
-        quantizer = self._quantizers.get(version)
-        if quantizer is None:
+        coder = self._coders.get(version)
+        if coder is None:
             kind = quantizer_class(self.config.quantizer)
-            self._quantizers[version] = quantizer = build.restore(self._store, kind, self._policy)[0]
-        return quantizer
+            self._coders[version] = coder = build.restore(self._store, kind, self._policy)
+        return coder
+
+    @property
+    def _quantizer(self) -> Quantizer:
+        return self._coder.quantizer
 
     def _release_connections(self) -> None:
         """Let go of all connections but the store's own."""
@@ -843,8 +834,7 @@ class SemanticIndex:
 
     def _learned_bytes(self) -> int:
         """Bytes of what training learned, which encodes and decodes."""
-        learned = [*self._quantizer.state().values(), *([] if self._tail is None else [self._tail.codebooks])]
-        return sum(array.nbytes for array in learned)
+        return sum(array.nbytes for array in self._coder.arrays().values())
 
     def _device_stats(self) -> dict[str, Any]:
         """Where it is searched, and what would fit on a GPU."""
@@ -897,7 +887,7 @@ class SemanticIndex:
             return snapshot, self._not_on_gpu
 
     def _read_items(self, rows: range, *, few: bool) -> SearchState:
-        return SearchState(self._store, self._quantizer, self._tail, vectors_in=self._vectors_in, rows=rows, few=few)
+        return SearchState(self._store, self._coder, vectors_in=self._vectors_in, rows=rows, few=few)
 
     def _by_codes_of(self, snapshot: Snapshot) -> Snapshot:
         """The same items, to be searched by their codes alone."""
@@ -981,9 +971,9 @@ class SemanticIndex:
 
     def _check_usable(self, vectors: Vectors, what: str) -> None:
         """Refuse vectors that are finite and yet have no distance to others."""
-        if len(rows := build.unusable_rows(vectors, self.config.metric)):
+        if len(rows := unusable_rows(vectors, self.config.metric)):
             raise InvalidVectorsError(
-                f"{what.capitalize()} {rows[0]} cannot be used: {build.allowed(self.config)}", rows=rows.tolist()
+                f"{what.capitalize()} {rows[0]} cannot be used: {allowed(self.config)}", rows=rows.tolist()
             )
 
     def _prefix(self, prefix: str | Sequence[int], what: str) -> tuple[int, ...]:

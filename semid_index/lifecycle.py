@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from semid_index.appending import Replaced
-from semid_index.build import Incoming, Items, ItemWriter, check_incoming, writing_items
-from semid_index.collisions import CollisionPolicy
+from semid_index.build import ItemWriter, writing_items
+from semid_index.coder import Coder
 from semid_index.errors import InvalidIdsError
 from semid_index.filters import CheckedFilter
+from semid_index.incoming import Incoming, Items, check_incoming
 from semid_index.items import as_ids, id_type
-from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
-from semid_index.quantizers.tail import Tail
+from semid_index.quantizer import Codes, ProgressCallback, Vectors
 from semid_index.records import UpsertResult
 from semid_index.store import Store
 
@@ -59,9 +59,7 @@ def _delete_rows(store: Store, rows: NDArray[np.int64]) -> int:
 
 def upsert(
     store: Store,
-    quantizer: Quantizer,
-    policy: CollisionPolicy,
-    tail: Tail | None,
+    coder: Coder,
     vectors: Any,
     ids: Any,
     *,
@@ -85,7 +83,7 @@ def upsert(
 
         def write() -> UpsertResult:
             updated = renamed = 0
-            with writing_items(store, quantizer, policy, tail, incoming, replacing=True) as writer:
+            with writing_items(store, coder, incoming, replacing=True) as writer:
                 for items in incoming.batches(batch_size, progress):
                     known, moved = _replace(store, writer, items)
                     updated, renamed = updated + known, renamed + moved

@@ -21,20 +21,19 @@ from numpy.typing import NDArray
 from semid_index.alignment import WarmStarting, aligned, changed
 from semid_index.build import (
     REPORT_ROWS,
-    TAIL_ARRAY,
     ItemWriter,
-    check_source,
     level_reports,
     training_sample,
     usable_sample,
 )
-from semid_index.collisions import CollisionPolicy, own_quantizer, with_extra_levels
+from semid_index.coder import Coder
+from semid_index.collisions import own_quantizer, with_extra_levels
 from semid_index.errors import InvalidArgumentError, InvalidIdsError, InvalidVectorsError, NotTrainedError, PluginError
+from semid_index.incoming import check_source
 from semid_index.items import as_ids, id_type
 from semid_index.metrics import comparable
 from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
 from semid_index.quantizers.kmeans import training_device
-from semid_index.quantizers.tail import Tail
 from semid_index.records import LevelChurn, RetrainReport, TrainReport
 from semid_index.rerank import from_stored, stored_dtype
 from semid_index.store import Store
@@ -50,20 +49,18 @@ _BATCH = 50_000
 
 def retrain(
     store: Store,
-    quantizer: Quantizer,
-    policy: CollisionPolicy,
-    tail: Tail | None,
+    old: Coder,
     vectors: Any,
     ids: Any,
     *,
     keep_ids: bool,
     compare: bool,
     progress: ProgressCallback | None,
-    before_commit: Callable[[int, Quantizer], None],
-) -> tuple[RetrainReport, Quantizer]:
+    before_commit: Callable[[int, Coder], None],
+) -> tuple[RetrainReport, Coder]:
     """Publish a new version of the IDs; see :meth:`SemanticIndex.retrain`.
 
-    ``before_commit`` is called with the number of the new version and its quantizer before anyone can read it.
+    ``before_commit`` is called with the number of the new version and its coder before anyone can read it.
     """
     if not store.is_trained:
         raise NotTrainedError("The index is not trained. Call index.train(vectors) and index.add(vectors) first.")
@@ -75,29 +72,29 @@ def retrain(
                 "The index has no items, so there are no IDs to keep. Add some, or create a new index and train that."
             )
         items, learn_from = _sources(store, vectors, ids)
-        own = own_quantizer(quantizer)
+        own = own_quantizer(old.quantizer)
         of_items = items.sample(own)
         rows = of_items if learn_from is None else training_sample(learn_from, own, store.config, None)
         new = _learned(own, rows, store.config.seed, keep_ids=keep_ids, progress=progress)
         levels = level_reports(new, _few(rows))
         seconds, refinement = time.perf_counter() - started, getattr(new, "refinement", None)
         train_report = TrainReport(len(rows), seconds, levels, refinement, training_device())
-        whole = with_extra_levels(new, policy.extra_levels)
-        if tuple(whole.codebook_sizes) != store.layout.codebook_sizes:
+        coder = replace(old, quantizer=with_extra_levels(new, old.policy.extra_levels))
+        sizes = tuple(coder.quantizer.codebook_sizes)
+        if sizes != store.layout.codebook_sizes:
             raise PluginError(
-                f"The quantizer '{own.name}' came out with codebooks of {whole.codebook_sizes} words instead of "
+                f"The quantizer '{own.name}' came out with codebooks of {sizes} words instead of "
                 f"{store.layout.codebook_sizes}. Report this to whoever wrote it."
             )
         scratch = None
         if compare and keep_ids:
             scratch = _from_scratch(own, new, rows, _few(of_items), store.config.seed, progress)
-        arrays = {**whole.state(), **({TAIL_ARRAY: tail.codebooks} if tail else {})}
         number = store.version + 1
-        with store.new_version(asdict(train_report), arrays) as appending:
-            writer = ItemWriter(store, whole, policy, None, appending, anew=True)
-            sums = _encode_all(items, writer, quantizer, whole, progress)
+        with store.new_version(asdict(train_report), coder.arrays()) as appending:
+            writer = ItemWriter(store, coder, appending, anew=True)
+            sums = _encode_all(items, writer, old.quantizer, coder.quantizer, progress)
             writer.finish()
-            before_commit(number, whole)
+            before_commit(number, coder)
     report = RetrainReport(
         version=number,
         items=items.count,
@@ -111,7 +108,7 @@ def retrain(
         error_ratio=None if scratch is None else scratch.error_ratio,
     )
     log.info("retrained: version %d, %.1f %% of the IDs changed", number, 100 * report.churn[-1].prefix)
-    return replace(report, seconds=time.perf_counter() - started), whole
+    return replace(report, seconds=time.perf_counter() - started), coder
 
 
 # -- what to learn from, and what to encode ---------------------------------------------------------------------------

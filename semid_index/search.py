@@ -12,9 +12,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from semid_index.build import LARGEST_SQUARE
 from semid_index.devices import cores
 from semid_index.errors import InvalidArgumentError, SearchTimeoutError
+from semid_index.incoming import LARGEST_SQUARE
 from semid_index.items import check_count
 from semid_index.lookup import Leaves, Matches, Probes, choose_probes
 from semid_index.metrics import divisors, normalized

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from semid_index.arrow import Values, numpy_column
 from semid_index.code_scan import fastest_executor
+from semid_index.coder import Coder
 from semid_index.codes import pack, pack_rest, unpack
 from semid_index.lookup import (
     LeafScorer,
@@ -29,8 +30,6 @@ from semid_index.lookup import (
     make_leaves,
     whole_index,
 )
-from semid_index.quantizer import Quantizer
-from semid_index.quantizers.tail import Tail
 from semid_index.rerank import (
     DecodedVectors,
     Executor,
@@ -63,15 +62,15 @@ class SearchState:
     def __init__(
         self,
         store: Store,
-        quantizer: Quantizer,
-        tail: Tail | None,
+        coder: Coder,
         *,
         vectors_in: Literal["memory", "file"],
         rows: range,
         few: bool = False,
     ) -> None:
         """``rows``: the items are those with one of these rows. ``few``: all of them are always compared."""
-        self._store, self._quantizer, self._tail, self._vectors_in = store, quantizer, tail, vectors_in
+        self._store, self._vectors_in = store, vectors_in
+        self._quantizer, self._tail = coder.quantizer, coder.tail
         self.config = store.config
         self.layout = store.layout
         self.rows = rows

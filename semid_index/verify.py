@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 
 from semid_index import checksums
 from semid_index.arrow import fixed_size_matrix, numpy_column
-from semid_index.build import unusable_rows
+from semid_index.coder import Coder
 from semid_index.codes import CodeLayout, format_id, unpack
-from semid_index.collisions import CollisionPolicy, Digit, Share, own_quantizer
+from semid_index.collisions import Digit, Share, own_quantizer
 from semid_index.database import Snapshot
+from semid_index.incoming import unusable_rows
 from semid_index.items import check_count
 from semid_index.macros import NAMES
 from semid_index.metrics import normalized
 from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
-from semid_index.quantizers.tail import Tail
 from semid_index.records import Check, IndexConfig, VerifyReport
 from semid_index.rerank import from_stored, stored_dtype
 from semid_index.store import Store, fingerprints
@@ -42,9 +42,7 @@ _COMPARED_IDS = 256  # rows of the view, and calls of macros, compared with what
 
 def verify(
     store: Store,
-    quantizer: Quantizer,
-    policy: CollisionPolicy,
-    tail: Tail | None,
+    coder: Coder,
     *,
     sample: int,
     progress: ProgressCallback | None,
@@ -54,7 +52,7 @@ def verify(
     started = time.perf_counter()
     checks = []
     with store.snapshot() as snapshot:
-        index = _Contents(snapshot, store, quantizer, policy, tail, sample)
+        index = _Contents(snapshot, store, coder, sample)
         for done, (name, check) in enumerate(_CHECKS.items()):
             if progress is not None:
                 progress(done, len(_CHECKS), f"verify: {name}")
@@ -132,10 +130,9 @@ class _Sample:
 class _Contents:
     """An index at one moment."""
 
-    def __init__(
-        self, snapshot: Snapshot, store: Store, quantizer: Quantizer, policy: CollisionPolicy, tail: Tail | None, n: int
-    ) -> None:
-        self.snapshot, self.quantizer, self.policy, self.tail, self.sample_size = snapshot, quantizer, policy, tail, n
+    def __init__(self, snapshot: Snapshot, store: Store, coder: Coder, sample_size: int) -> None:
+        self.snapshot, self.sample_size = snapshot, sample_size
+        self.quantizer, self.policy, self.tail = coder.quantizer, coder.policy, coder.tail
         self.store, self.config = store, store.config
         self.trained = store.is_trained
 

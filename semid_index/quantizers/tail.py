@@ -16,6 +16,7 @@ from semid_index.quantizer import Vectors
 from semid_index.quantizers.kmeans import import_faiss, openmp_threads
 
 TAIL_BITS = 4
+TAIL_ARRAY = "tail_codebooks"  # the name of its codebooks among all that an index has learned
 _TRAINING_ROWS = 16_384  # 1,024 for each of the 16 codewords of a part
 _BATCH = 65_536
 
