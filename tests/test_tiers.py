@@ -30,6 +30,21 @@ def filled(path, rows, ids=None, **options):
     return index
 
 
+@pytest.fixture(scope="module")
+def built(clustered, tmp_path_factory):
+    """The file of an index with ITEMS clustered vectors: made once for some options, whichever kernel then scans it."""
+    folder, files = tmp_path_factory.mktemp("built"), {}
+
+    def get(ids=None, **options):
+        key = (ids is None, *sorted(options.items()))
+        if key not in files:
+            files[key] = folder / f"{len(files)}.duckdb"
+            filled(files[key], np.array(clustered(ITEMS, DIM)), ids, **options).close()
+        return files[key]
+
+    return get
+
+
 def named(count):
     return [f"item {number}" for number in range(count)]
 
@@ -56,9 +71,9 @@ def assert_same(found, rows, distances):
 
 @pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
 @pytest.mark.parametrize("levels", [4, 16])
-def test_codes_alone_find_what_brute_force_finds_among_the_decoded(clustered, kernel, metric, levels):
+def test_codes_alone_find_what_brute_force_finds_among_the_decoded(clustered, built, kernel, metric, levels):
     vectors, queries = np.array(clustered(ITEMS, DIM)), np.array(clustered(50, DIM, seed=9))
-    with filled(None, vectors, metric=metric, vectors="none", levels=levels) as index:
+    with semid.open(built(metric=metric, vectors="none", levels=levels)) as index:
         decoded = index.decode(index.encode(vectors))
         found = index.search(queries, 10, probes=EVERY, rerank=400)
         assert found.trace.executor == "native-codes"
@@ -69,9 +84,9 @@ def test_codes_alone_find_what_brute_force_finds_among_the_decoded(clustered, ke
         )
 
 
-def test_a_default_search_of_codes_alone_misses_next_to_nothing(clustered, kernel):
+def test_a_default_search_of_codes_alone_misses_next_to_nothing(clustered, built, kernel):
     vectors, queries = np.array(clustered(ITEMS, DIM)), np.array(clustered(50, DIM, seed=9))
-    with filled(None, vectors, vectors="none", levels=16) as index:
+    with semid.open(built(metric="l2", vectors="none", levels=16)) as index:
         rows, distances = as_faiss_finds(queries, index.decode(index.encode(vectors)), "l2", 10)
         assert_same(index.search(queries, 10, probes=EVERY), rows, distances)
 
@@ -170,10 +185,8 @@ def test_the_memory_that_is_counted_is_what_the_process_has(clustered, tmp_path)
 
 @pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
 @pytest.mark.parametrize("tier", ["float32", "float16", "int8"])
-def test_vectors_in_the_file_give_the_hits_of_those_in_memory(clustered, kernel, tmp_path, metric, tier):
-    vectors, queries = np.array(clustered(ITEMS, DIM)), np.array(clustered(40, DIM, seed=9))
-    path = tmp_path / "i.duckdb"
-    filled(path, vectors, named(ITEMS), metric=metric, vectors=tier).close()
+def test_vectors_in_the_file_give_the_hits_of_those_in_memory(clustered, built, kernel, metric, tier):
+    queries, path = np.array(clustered(40, DIM, seed=9)), built(named(ITEMS), metric=metric, vectors=tier)
     with semid.open(path) as index:
         expected = index.search(queries, 10)
         single = index.search(queries[3], 10)
