@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 # what these test has nothing to do with DuckDB, or is on top of what others test with both, so that they run once
 WITHOUT_DUCKDB := alignment balanced_rq baselines beam bench benchmarks codes demo devices gpu layers lookup metrics \
 	native plugins quantizers report report_cli report_page rq tiers vectors whole_files
+# so have these: pages of docs/ that show what the others show, too, and arrays that never get as far as DuckDB
+PARTS_WITHOUT_DUCKDB := $(patsubst %,test_docs.py::test_page[%.md],collisions gpu plugins quantizers report retrain search) \
+	test_bad_input.py::test_every_kind_of_array_gives_the_same_hits
 PEERS := $(VENV)/.peers
 
 .PHONY: demo test test-quick test-duckdb-1.5 test-long lint docs-check docs bench-tiny bench clean
@@ -23,7 +26,8 @@ test-quick: $(STAMP)
 
 test-duckdb-1.5: $(STAMP) $(OTHER_DUCKDB)/.installed
 	PYTHONPATH=$(OTHER_DUCKDB) $(BIN)/python -c "import duckdb; print('with DuckDB', duckdb.__version__)"
-	PYTHONPATH=$(OTHER_DUCKDB) $(BIN)/python -m pytest -q -n auto --dist worksteal $(WITHOUT_DUCKDB:%=--ignore tests/test_%.py)
+	PYTHONPATH=$(OTHER_DUCKDB) $(BIN)/python -m pytest -q -n auto --dist worksteal $(WITHOUT_DUCKDB:%=--ignore tests/test_%.py) \
+		$(PARTS_WITHOUT_DUCKDB:%=--deselect 'tests/%')
 
 # hours: the long forms of tests/reliability; the figures that they print are those of docs/reliability.md
 test-long: $(STAMP)
