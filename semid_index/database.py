@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _DUCKDB_MAGIC = b"DUCK"  # at byte 8 of every DuckDB file
+_numbers = count(1)
 _one_look = threading.Lock()  # two threads that look at a file would each find that it is open
 # DuckDB's errors about values and expressions, as against those about the file or the machine
 USER_ERRORS = (duckdb.DataError, duckdb.NotSupportedError, duckdb.ProgrammingError)
@@ -88,6 +90,11 @@ class Snapshot:
             with suppress(duckdb.Error):
                 self._cursor.execute("BEGIN")
             raise
+
+
+def unique_name(stem: str) -> str:
+    """A name in SQL that no other connection of the process uses."""
+    return f"{stem}_{next(_numbers)}"
 
 
 def run_over(cursor: duckdb.DuckDBPyConnection, batch: pa.Table, query: str) -> list[tuple[Any, ...]]:

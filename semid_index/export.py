@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from semid_index.arrow import fixed_size_list, fixed_size_matrix
+from semid_index.contents import VectorColumn
 from semid_index.errors import InvalidArgumentError
 from semid_index.quantizers.tail import TAIL_ARRAY
 from semid_index.records import Tier
 from semid_index.rerank import from_stored
-from semid_index.store import Store, VectorColumn, fingerprints
+from semid_index.store import Store, fingerprints
 from semid_index.whole_files import new_file
 
 _LEAST_GROUP = 16_384  # rows: half a megabyte of IDs, which is read at once

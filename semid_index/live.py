@@ -14,9 +14,10 @@ from contextlib import ExitStack, contextmanager
 from threading import RLock
 from typing import Protocol, TypeVar
 
+from semid_index.contents import Stamp
 from semid_index.errors import RESTORE, CorruptIndexError
 from semid_index.segments import SearchState, Segment, Snapshot
-from semid_index.store import Stamp, Store
+from semid_index.store import Store
 
 T = TypeVar("T")
 

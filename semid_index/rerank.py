@@ -31,7 +31,8 @@ from semid_index.quantizers.tail import Tail, pad
 from semid_index.records import Metric
 
 if TYPE_CHECKING:
-    from semid_index.store import Store, StoredCodes
+    from semid_index.contents import StoredCodes
+    from semid_index.store import Store
 
 log = logging.getLogger("semid_index")
 

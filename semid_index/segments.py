@@ -20,6 +20,7 @@ from semid_index.arrow import Values, numpy_column
 from semid_index.code_scan import fastest_executor
 from semid_index.coder import Coder
 from semid_index.codes import pack, pack_rest, unpack
+from semid_index.contents import Stamp, StoredCodes
 from semid_index.lookup import (
     LeafScorer,
     Leaves,
@@ -41,7 +42,7 @@ from semid_index.rerank import (
     stored_in_place,
 )
 from semid_index.scan import NativeScan
-from semid_index.store import Stamp, Store, StoredCodes
+from semid_index.store import Store
 
 if TYPE_CHECKING:
     import pyarrow as pa

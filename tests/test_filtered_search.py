@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 import semid_index as semid
-from semid_index import metrics, rerank, search, store
+from semid_index import contents, metrics, rerank, search
 from semid_index.errors import MissingDependencyError, SearchTimeoutError
 from semid_index.index import SemanticIndex
 from semid_index.search import filtered_budget
@@ -375,7 +375,7 @@ def matching_ids(index: SemanticIndex, where: str) -> list[str]:
 @pytest.mark.parametrize(("kind", "most_moved"), [(int, 1_000), (str, 50)])
 def test_matches_are_those_of_the_table_whatever_is_done_to_it(points, kind, most_moved, tmp_path, monkeypatch):
     """Searches remember which item is where in the table; they never go by that once it has become wrong."""
-    monkeypatch.setattr(store, "_MOST_MOVED", most_moved)
+    monkeypatch.setattr(contents, "_MOST_MOVED", most_moved)
 
     def check(index: SemanticIndex) -> None:
         for where in ("number < 40", "number % 2 = 0", f"id IN ({', '.join(repr(kind(n)) for n in (1, 5, 900))})"):

@@ -63,6 +63,8 @@ ORDER = [
     "whole_files",
     "appending",
     "item_places",
+    "session",
+    "contents",
     "store",
     "sql.dbapi",
     "sql.column_types",

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 import semid_index as semid
-from semid_index import errors, store
+from semid_index import errors, session
 from semid_index.cli import app
 from semid_index.codes import format_id, unpack
 from semid_index.index import SemanticIndex
@@ -475,7 +475,7 @@ def test_conflicts_are_tried_again_and_then_reported(monkeypatch, write):
             "upsert": lambda: index.upsert(ONE, [3], metadata={"n": [-3]}).updated,
         }[write]
         waits: list[float] = []
-        monkeypatch.setattr(store.time, "sleep", waits.append)
+        monkeypatch.setattr(session.time, "sleep", waits.append)
         before = ids_of(index)
         other.execute("BEGIN")
         # DuckDB lets an item be deleted that another transaction changes, and so there is no conflict
@@ -489,7 +489,7 @@ def test_conflicts_are_tried_again_and_then_reported(monkeypatch, write):
         def then_it_ends(seconds: float) -> None:
             other.execute("COMMIT")
 
-        monkeypatch.setattr(store.time, "sleep", then_it_ends)
+        monkeypatch.setattr(session.time, "sleep", then_it_ends)
         assert call() == 1
         assert index.sql("SELECT n FROM items WHERE id = 3").fetchall() == ([] if write == "delete" else [(-3,)])
         assert len(history_of(index)) == 1

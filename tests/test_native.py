@@ -13,12 +13,12 @@ import pytest
 import semid_index as semid
 from semid_index import doctor, metrics, native
 from semid_index.codes import CodeLayout, pack, pack_rest
+from semid_index.contents import StoredCodes
 from semid_index.lookup import Probes, additive_scorer, choose_probes, make_leaves, whole_index
 from semid_index.quantizers.rq import ResidualKMeans
 from semid_index.quantizers.tail import Tail
 from semid_index.rerank import MemoryVectors, NumpyExecutor, ScanData, to_stored
 from semid_index.scan import NativeExecutor
-from semid_index.store import StoredCodes
 
 ROOT = Path(__file__).resolve().parent.parent
 MISSING = native.unavailable_because()

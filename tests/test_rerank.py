@@ -8,6 +8,7 @@ import pytest
 import semid_index as semid
 from semid_index import rerank
 from semid_index.codes import CodeLayout, pack, pack_rest
+from semid_index.contents import StoredCodes
 from semid_index.lookup import additive_scorer, choose_probes, make_leaves
 from semid_index.metrics import distances, normalized
 from semid_index.quantizers.rq import ResidualKMeans
@@ -23,7 +24,6 @@ from semid_index.rerank import (
     smallest,
     to_stored,
 )
-from semid_index.store import StoredCodes
 
 
 def clustered(n: int, dim: int, seed: int) -> np.ndarray:

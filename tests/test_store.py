@@ -642,7 +642,7 @@ def test_vectors_that_were_read_are_not_held_twice(tmp_path, monkeypatch):
             query = "SELECT memory_usage_bytes FROM duckdb_memory() WHERE tag = 'BASE_TABLE'"
             return index.sql(query).fetchall()[0][0]
 
-    monkeypatch.setattr("semid_index.store._KEPT_MEMORY", 2 << 20)
+    monkeypatch.setattr("semid_index.session._KEPT_MEMORY", 2 << 20)
     few = held_blocks()
-    monkeypatch.setattr("semid_index.store._KEPT_MEMORY", 1 << 30)
+    monkeypatch.setattr("semid_index.session._KEPT_MEMORY", 1 << 30)
     assert few < vectors.nbytes / 2 < vectors.nbytes < held_blocks()
