@@ -7,9 +7,10 @@ STAMP := $(VENV)/.installed
 # what these test has nothing to do with DuckDB, or is on top of what others test with both, so that they run once
 WITHOUT_DUCKDB := alignment balanced_rq baselines beam bench benchmarks codes demo devices gpu layers lookup metrics \
 	native plugins quantizers report report_cli report_page rq tiers vectors whole_files
-# so have these: pages of docs/ that show what the others show, too, and arrays that never get as far as DuckDB
+# so have these: pages of docs/ that show what the others show, too, arrays that never get as far as DuckDB, and defects
 PARTS_WITHOUT_DUCKDB := $(patsubst %,test_docs.py::test_page[%.md],collisions gpu plugins quantizers report retrain search) \
-	test_bad_input.py::test_every_kind_of_array_gives_the_same_hits
+	test_bad_input.py::test_every_kind_of_array_gives_the_same_hits \
+	reliability/test_state_machine.py::test_a_defect_is_noticed
 PEERS := $(VENV)/.peers
 
 .PHONY: demo test test-quick test-duckdb-1.5 test-long lint docs-check docs bench-tiny bench clean

@@ -13,20 +13,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from numpy.typing import NDArray
 
 import semid_index as semid
+from semid_index.appending import Appending
+from semid_index.build import ItemWriter
 from semid_index.errors import DuplicateIdError, InvalidIdsError, InvalidVectorsError
 from semid_index.index import SemanticIndex
+from semid_index.live import Live
+from semid_index.store import Store
 
 DIM = 6
 LONG = bool(os.environ.get("SEMID_LONG"))
@@ -280,3 +285,83 @@ def test_any_sequence_of_calls(kind, part, trained):
     said = f"{kind}, part {part + 1} of {PARTS}: {did}"
     print(said, file=sys.stderr, flush=True)  # with -s the workers of pytest-xdist show this, and not what they print
     assert life.runs >= wanted
+
+
+# -- does it notice? --------------------------------------------------------------------------------------------------
+
+
+def older_snapshot(real, live):
+    """Searches find what the first of them found."""
+    return live._latest or real(live)
+
+
+def another_items_code(real, writer, proposed, comparable):
+    return np.roll(real(writer, proposed, comparable), 1, axis=0)
+
+
+def metadata_as_they_were(real, appending, batch):
+    """Those of items that are known already stay."""
+    if not appending._replaced:
+        real(appending, batch)
+
+
+def one_deleted_too_few(real, store, rows):
+    return (real(store, rows[:-1]) if len(rows) > 1 else 0) + 1
+
+
+def one_match_too_few(real, store, *given, **options):
+    return real(store, *given, **options)[:-1]
+
+
+def wrong_distance(real, index, *given, **options):
+    found = real(index, *given, **options)
+    found.flat_distances[-1:] *= np.float32(1.01)
+    return found
+
+
+def nearest_left_out(real, index, query, k, **options):
+    found = real(index, query, k + 1, **options)
+    if len(found.ids) <= k:
+        return found
+    return replace(
+        found,
+        flat_ids=found.flat_ids[1:],
+        flat_distances=found.flat_distances[1:],
+        read_codes=lambda: found.read_codes()[1:],
+        offsets=found.offsets - (found.offsets > 0),
+    )
+
+
+DEFECTS = {
+    older_snapshot: (Live, "_follow"),
+    another_items_code: (ItemWriter, "place"),
+    metadata_as_they_were: (Appending, "_add_metadata"),
+    one_deleted_too_few: (Store, "delete"),
+    one_match_too_few: (Store, "matching_rows"),
+    wrong_distance: (SemanticIndex, "search"),
+    nearest_left_out: (SemanticIndex, "search"),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
+def test_a_defect_is_noticed(defect, trained, monkeypatch):
+    """An oracle that finds nothing wrong may be one that never would."""
+    life = machine("whole numbers", trained("whole numbers"))
+    owner, name = DEFECTS[defect]
+    real = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *given, **options: defect(real, *given, **options))
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(
+            life,
+            settings=settings(
+                max_examples=40,
+                stateful_step_count=STEPS,
+                derandomize=True,
+                database=None,
+                deadline=None,
+                phases=[Phase.generate],  # the shortest sequence does not matter
+                report_multiple_bugs=False,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    print(f"{defect.__name__}: noticed after {life.runs} runs", file=sys.stderr, flush=True)
