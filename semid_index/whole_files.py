@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -60,7 +61,7 @@ def storage_errors(target: Path) -> Iterator[None]:
 @contextmanager
 def part_of(target: Path, name: str = "") -> Iterator[Path]:
     """A path beside ``target`` to write it at; what is there in the end, and was not renamed, is removed."""
-    part = target.with_name(name or f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    part = target.with_name(name or f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
     _parts.add(os.path.realpath(part))
     try:
         _remove_leftovers(target)
@@ -88,17 +89,32 @@ def _check_place(target: Path, index: Path | None, *, overwrite: bool) -> None:
 def _remove_leftovers(target: Path) -> None:
     """Remove the parts that killed processes left.
 
-    Another process may be writing one just now. Then DuckDB holds a lock on it, whether it is a database or a file
-    that COPY writes.
+    Another process may be writing one just now, or about to rename it: its number is in the name. Should it run on
+    another machine that has this folder, too, DuckDB holds a lock on what it writes, a database or what COPY makes.
     """
-    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.part")
+    name = re.compile(rf"\.{re.escape(target.name)}\.(\d+)-[0-9a-f]{{8}}\.part")
     with suppress(OSError):  # a folder that is not there, or cannot be listed
-        left = [entry for entry in target.parent.iterdir() if name.fullmatch(entry.name)]
-        for part in left:
-            if os.path.realpath(part) not in _parts:
+        left = {entry: match for entry in target.parent.iterdir() if (match := name.fullmatch(entry.name))}
+        for part, match in left.items():
+            process = int(match[1])
+            in_use = os.path.realpath(part) in _parts if process == os.getpid() else _is_running(process)
+            if not in_use:
                 with suppress(OSError, IndexLockedError):
                     check_not_in_use(part)
                     _remove_part(part)
+
+
+def _is_running(process: int) -> bool:
+    """Whether a process of this machine has this number: the one that is meant, or a later one."""
+    if sys.platform == "win32":  # where asking would interrupt it
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _remove_part(part: Path) -> None:

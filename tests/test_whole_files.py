@@ -69,7 +69,7 @@ def test_what_a_killed_export_left_is_removed_by_the_next_one(index_file, folder
     for _ in range(2):
         killed(start_python, "export", index_file, "-o", target)
         [left] = names_in(folder)  # that of the second kill only
-        assert re.fullmatch(r"\.ids\.parquet\.[0-9a-f]{8}\.part", left)
+        assert re.fullmatch(r"\.ids\.parquet\.\d+-[0-9a-f]{8}\.part", left)
     with semid.open(index_file) as index:
         index.export(folder / "others.parquet")
         assert left in names_in(folder), "it may be another file's"
@@ -78,8 +78,9 @@ def test_what_a_killed_export_left_is_removed_by_the_next_one(index_file, folder
     assert names_in(folder) == ["ids.parquet", "others.parquet"]
 
 
-def test_what_another_process_is_writing_stays(index_file, folder, start_python):
-    target, held = folder / "ids.parquet", folder / ".ids.parquet.aaaaaaaa.part"
+def test_what_another_machine_is_writing_stays(index_file, folder, start_python):
+    """Its process has a number that no process has here; what DuckDB writes is locked."""
+    target, held = folder / "ids.parquet", folder / f".ids.parquet.{2**31 - 1}-aaaaaaaa.part"
     other = start_python(ENDLESS, held)
     try:
         deadline = time.monotonic() + 60
@@ -96,6 +97,37 @@ def test_what_another_process_is_writing_stays(index_file, folder, start_python)
     finally:
         other.kill()
         other.communicate()
+
+
+def test_what_another_process_is_about_to_rename_stays(index_file, folder, start_python):
+    """Nothing holds a lock on it any more."""
+    target, other = folder / "ids.parquet", start_python("import sys; sys.stdin.read()")
+    held = folder / f".ids.parquet.{other.pid}-aaaaaaaa.part"
+    held.write_bytes(b"whole")
+    with semid.open(index_file) as index:
+        index.export(target)
+        assert names_in(folder) == [held.name, target.name]
+        other.communicate()
+        index.export(target, overwrite=True)
+        assert names_in(folder) == [target.name]
+
+
+def test_two_processes_that_write_one_file_both_do(index_file, folder, start_python):
+    """Again and again; the file is always whole, and nothing is left beside it."""
+    target = folder / "ids.parquet"
+    code = """
+import sys, semid_index as semid
+with semid.open(sys.argv[1], read_only=True) as index:
+    for _ in range(10):
+        index.export(sys.argv[2], overwrite=True)
+"""
+    others = [start_python(code, index_file, target) for _ in range(2)]
+    assert [other.communicate()[1] for other in others] == ["", ""]
+    with semid.open(index_file) as index:
+        assert sorted(pq.read_table(target)["id"].to_pylist()) == sorted(
+            index.sql("SELECT id FROM items").fetchnumpy()["id"]
+        )
+    assert names_in(folder) == [target.name]
 
 
 def test_a_build_can_be_repeated_after_it_was_killed(folder, start_python):
