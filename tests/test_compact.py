@@ -209,9 +209,10 @@ def test_places_that_cannot_be_written_to(index_file, tmp_path, queries):
 
 
 def test_what_a_killed_copy_left_is_removed_by_the_next_one(index_file, tmp_path):
-    kept = [".copy.duckdb.part", ".copy.duckdb.0123456789.part", ".other.duckdb.01234567.part"]
-    left = [".copy.duckdb.01234567.part", ".copy.duckdb.01234567.part.wal", ".copy.duckdb.89abcdef.part"]
-    held = tmp_path / ".copy.duckdb.aaaaaaaa.part"
+    gone = 2**31 - 1  # no process has this number
+    kept = [".copy.duckdb.part", f".copy.duckdb.{gone}-0123456789.part", f".other.duckdb.{gone}-01234567.part"]
+    left = [f".copy.duckdb.{gone}-{rest}" for rest in ("01234567.part", "01234567.part.wal", "89abcdef.part")]
+    held = tmp_path / f".copy.duckdb.{gone}-aaaaaaaa.part"
     for name in [*kept, *left]:
         (tmp_path / name).write_bytes(b"half of a copy")
     code = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
