@@ -22,6 +22,7 @@ from semid_index.errors import (
     ConflictError,
     CorruptIndexError,
     DuplicateIdError,
+    IndexClosedError,
     IndexExistsError,
     IndexFileError,
     IndexLockedError,
@@ -45,7 +46,8 @@ CONNECT_CONFIG = {
     "storage_compatibility_version": "v1.2.0",  # DuckDB 1.5 and 2.x both read such files
     "autoinstall_known_extensions": "false",  # an index needs none, and must not reach for the network
 }
-_FREE_WITHIN = 5.0  # seconds that whoever reads the file may take to finish before it is replaced
+_FREE_WITHIN = 5.0  # seconds that whoever reads the file may take to finish before it is closed or replaced
+_BUSY: Any = getattr(duckdb, "ResourceInUseException", ())  # DuckDB 1.5 has no such error, and closes in any case
 _INTERRUPT_EVERY = 0.05  # seconds between two attempts to stop a statement that ran out of time
 
 
@@ -212,6 +214,45 @@ def remove_log(path: Path) -> None:
     log_of(path).unlink(missing_ok=True)
 
 
+def close_all(connection: duckdb.DuckDBPyConnection) -> bool:
+    """Close a connection and those made from it; other threads have some seconds to finish what they do with them.
+
+    False if some take longer. Then theirs are closed when they are done.
+    """
+    until = time.monotonic() + _FREE_WITHIN
+    while True:
+        try:
+            connection.close()
+        except _BUSY:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+        else:
+            return True
+
+
+def checkpoint_soon(connection: duckdb.DuckDBPyConnection, path: Path | None) -> None:
+    """Bring all that was written into the file; waits some seconds for those who keep DuckDB from it.
+
+    These are not only writers. While somebody reads a moment from before the last write, DuckDB keeps what it needs of
+    that write, and takes it for one that goes on.
+    """
+    until = time.monotonic() + _FREE_WITHIN
+    while True:
+        try:
+            connection.execute("CHECKPOINT")
+        except duckdb.TransactionException as error:
+            if time.monotonic() > until:
+                raise IndexLockedError(
+                    f"{path} is in use elsewhere in this process, and so cannot be brought up to date: another index "
+                    "or a connection of engine() writes to it, or a thread still reads what was there before the last "
+                    f"write. Try again when that is done. ({first_line(error)})"
+                ) from error
+            time.sleep(0.01)
+        else:
+            return
+
+
 def wait_until_alone(connection: duckdb.DuckDBPyConnection, path: Path, release: Callable[[], None]) -> None:
     """Give others in this process some seconds to finish what they do with a file; refuse if they do not."""
     until = time.monotonic() + _FREE_WITHIN
@@ -277,6 +318,7 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0]
 
 
+_CLOSED = "{path} was closed meanwhile by another thread. Open it again with semid_index.open(path)."
 # What DuckDB's message contains -> the error to raise, and what to say about the path. The first that fits is taken.
 _TRANSLATIONS: tuple[tuple[str, type[SemidError], str], ...] = (
     (
@@ -313,6 +355,8 @@ _TRANSLATIONS: tuple[tuple[str, type[SemidError], str], ...] = (
         StorageError,
         "Writing {path} failed, and the index is as it was before. Make room on the disk.",
     ),
+    ("Connection already closed", IndexClosedError, _CLOSED),
+    ("bad_weak_ptr", IndexClosedError, _CLOSED),  # DuckDB 1.5, where it was in the middle of a query
     ("IO Error", IndexFileError, "{path} cannot be used."),
     ("INTERNAL Error", CorruptIndexError, "{path} is damaged, or DuckDB made a mistake. " + RESTORE),
     ("FATAL Error", StorageError, "{path} must be closed and opened again: DuckDB has given up on it."),
@@ -329,7 +373,7 @@ def errors_translated(path: Path | None) -> Iterator[None]:
         raise DuplicateIdError(f"An id is in the index already. Leave it out. ({first_line(error)})") from error
     except duckdb.DataError:  # it quotes values, which can contain any words
         raise
-    except duckdb.Error as error:
+    except (duckdb.Error, RuntimeError) as error:
         message = str(error)
         if isinstance(error, duckdb.TransactionException) and any(words in message.lower() for words in _CONFLICTS):
             raise ConflictError(

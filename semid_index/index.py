@@ -719,7 +719,11 @@ class SemanticIndex:
             return compact(self._store, self._release_idle_connections)
 
     def close(self) -> None:
-        """Release the file. Closing twice is allowed."""
+        """Release the file. Closing twice is allowed.
+
+        What other threads are reading is waited for, up to 5 seconds; what they ask for then raises
+        :class:`IndexClosedError`.
+        """
         self._live.forget()
         self._by_codes = None
         self._release_connections()

@@ -6,6 +6,7 @@ Reads use a connection of their own, so they may come from any thread. Writes ta
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -18,14 +19,22 @@ from weakref import WeakValueDictionary
 import duckdb
 
 from semid_index.codes import CodeLayout
-from semid_index.database import Snapshot, errors_translated, interrupted_after
-from semid_index.errors import RESTORE, ConflictError, CorruptIndexError, IndexClosedError, ReadOnlyError
+from semid_index.database import Snapshot, close_all, errors_translated, interrupted_after
+from semid_index.errors import (
+    RESTORE,
+    ConflictError,
+    CorruptIndexError,
+    IndexClosedError,
+    ReadOnlyError,
+)
 from semid_index.item_places import ROW_GROUP
 from semid_index.records import IdType, IndexConfig
 from semid_index.versions import schema_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+log = logging.getLogger("semid_index")
 
 _ATTEMPTS = 8  # at a write that conflicts with somebody else's
 _FIRST_WAIT = 0.01  # seconds before the second attempt; each further one waits twice as long
@@ -79,12 +88,15 @@ class Session:
     # -- connections and moments --------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Release the file. Closing twice is allowed."""
+        """Release the file. Closing twice is allowed.
+
+        What other threads are reading is waited for, for some seconds; what they begin to read is refused.
+        """
         with self._file_lock:
             connection, self._connection = self._connection, None
             self._known_settings = None
-            if connection is not None:
-                connection.close()
+            if connection is not None and not close_all(connection):
+                log.warning("%s is closed, but a thread still reads it: until it is done, the file is held", self.path)
 
     @property
     def closed(self) -> bool:

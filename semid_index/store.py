@@ -28,11 +28,11 @@ from semid_index.copying import copy_database
 from semid_index.database import (
     CONNECT_CONFIG,
     check_is_database,
+    checkpoint_soon,
     connect,
     connect_soon,
     copy_errors_translated,
     errors_translated,
-    first_line,
     log_of,
     make_room,
     remove_database,
@@ -45,7 +45,6 @@ from semid_index.errors import (
     RESTORE,
     CorruptIndexError,
     IndexClosedError,
-    IndexLockedError,
     InvalidArgumentError,
     NotAnIndexError,
 )
@@ -247,14 +246,8 @@ class Store(Contents):
 
     def checkpoint(self) -> tuple[int, ...]:
         """Bring all that was written into the file itself; returns what would tell that something was written since."""
-        with errors_translated(self.path), self._file_lock:
-            try:
-                self.cursor().execute("CHECKPOINT")
-            except duckdb.TransactionException as error:
-                raise IndexLockedError(
-                    f"{self.path} is being written to elsewhere in this process, by another index that is open on it "
-                    f"or a connection of engine(). Try again when that is done. ({first_line(error)})"
-                ) from error
+        with errors_translated(self.path):
+            checkpoint_soon(self.cursor(), self.path)
             return self._file_state()
 
     def replace_file(self, part: Path, state: tuple[int, ...], release: Callable[[], None]) -> bool:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -506,6 +507,38 @@ def test_searches_go_on_in_other_threads(worn_file, queries):
             thread.join()
         assert not wrong, wrong[:3]
         assert index.verify().failed == ()
+
+
+def test_who_reads_what_was_there_before_the_last_write_is_waited_for(index_file, vectors):
+    """For DuckDB that write goes on until then, and it makes no checkpoint."""
+    began, go = threading.Event(), threading.Event()
+    with semid.open(index_file) as index:
+
+        def read() -> None:
+            with index._store.reading():
+                index._store.stamp()
+                began.set()
+                go.wait()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        began.wait()
+        index.upsert(vectors[:5] + 1, np.arange(5))
+        threading.Timer(0.3, go.set).start()
+        index.compact()
+        reader.join()
+        assert index.verify().ok
+
+
+def test_who_reads_that_for_long_is_a_reason_to_refuse(index_file, vectors, monkeypatch):
+    monkeypatch.setattr("semid_index.database._FREE_WITHIN", 0.1)
+    with semid.open(index_file) as index, ThreadPoolExecutor(1) as pool:
+        with index._store.reading():
+            index._store.stamp()
+            pool.submit(index.upsert, vectors[:5] + 1, np.arange(5)).result()
+            with pytest.raises(IndexLockedError, match="a thread still reads what was there before the last write"):
+                pool.submit(index.compact).result()
+        index.compact()
 
 
 def test_vectors_that_stay_in_the_file_are_read_from_the_new_one(worn_file, queries):

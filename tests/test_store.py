@@ -7,8 +7,10 @@ import json
 import re
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import pytest
 import semid_index as semid
 from semid_index.appending import ItemBatch
 from semid_index.codes import CodeLayout, pack, pack_rest, unpack
-from semid_index.errors import InvalidArgumentError
+from semid_index.errors import IndexClosedError, InvalidArgumentError
 from semid_index.index import SemanticIndex
 from semid_index.records import IndexConfig, Uniqueness
 from semid_index.store import Store
@@ -646,3 +648,60 @@ def test_vectors_that_were_read_are_not_held_twice(tmp_path, monkeypatch):
     few = held_blocks()
     monkeypatch.setattr("semid_index.session._KEPT_MEMORY", 1 << 30)
     assert few < vectors.nbytes / 2 < vectors.nbytes < held_blocks()
+
+
+# --------------------------------------------------------------------------------- closing while others read
+
+SLOW = "SELECT sum(sin(range)) AS s FROM range({:_})"
+
+
+def asked_elsewhere(index: SemanticIndex, query: str) -> Future[pa.Table]:
+    """A query that another thread is carrying out."""
+    asked: Future[pa.Table] = Future()
+
+    def ask() -> None:
+        try:
+            asked.set_result(index._store.arrow(query))
+        except BaseException as error:
+            asked.set_exception(error)
+
+    threading.Thread(target=ask).start()
+    time.sleep(0.1)
+    return asked
+
+
+def test_closing_waits_for_what_others_read(index_file):
+    index = semid.open(index_file)
+    asked = asked_elsewhere(index, SLOW.format(30_000_000))
+    index.close()
+    try:
+        assert asked.result().num_rows == 1
+    except IndexClosedError:
+        assert duckdb.__version__ < "2", "which does not wait"
+    with pytest.raises(IndexClosedError):
+        len(index)
+    with semid.open(index_file) as index:
+        assert index.verify().ok
+
+
+@pytest.mark.skipif(duckdb.__version__ < "2", reason="DuckDB 1.5 does not wait")
+def test_closing_does_not_wait_for_ever(index_file, monkeypatch, caplog):
+    monkeypatch.setattr("semid_index.database._FREE_WITHIN", 0.1)
+    index = semid.open(index_file)
+    asked = asked_elsewhere(index, SLOW.format(60_000_000))
+    index.close()
+    assert "is closed, but a thread still reads it: until it is done, the file is held" in caplog.text
+    assert not asked.done()
+    with pytest.raises(IndexClosedError):
+        len(index)
+    assert asked.result().num_rows == 1
+    with semid.open(index_file) as index:
+        assert index.verify().ok
+
+
+def test_what_was_being_read_when_the_index_was_closed_says_so(index_file):
+    with semid.open(index_file) as index, index._store.reading():
+        assert index._store.count(range(10)) == 10
+        index.close()
+        with pytest.raises(IndexClosedError, match=r"was closed meanwhile by another thread\. Open it again"):
+            index._store.count(range(10))
