@@ -7,9 +7,8 @@ import json
 import re
 import struct
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from decimal import Decimal
 from pathlib import Path
@@ -652,30 +651,36 @@ def test_vectors_that_were_read_are_not_held_twice(tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------------- closing while others read
 
-SLOW = "SELECT sum(sin(range)) AS s FROM range({:_})"
 
+class Asked:
+    """A query that another thread is carrying out, until it is let go on."""
 
-def asked_elsewhere(index: SemanticIndex, query: str) -> Future[pa.Table]:
-    """A query that another thread is carrying out."""
-    asked: Future[pa.Table] = Future()
+    def __init__(self, index: SemanticIndex) -> None:
+        self.answer: Future[pa.Table] = Future()
+        self._began, self.go_on = threading.Event(), threading.Event()
+        self._reader = pa.RecordBatchReader.from_batches(pa.schema({"n": pa.int64()}), self._batches())
+        threading.Thread(target=self._ask, args=(index,)).start()
+        assert self._began.wait(60)
 
-    def ask() -> None:
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        self._began.set()
+        assert self.go_on.wait(60)
+        yield pa.record_batch({"n": [1, 2]})
+
+    def _ask(self, index: SemanticIndex) -> None:
         try:
-            asked.set_result(index._store.arrow(query))
+            self.answer.set_result(index._store.arrow("SELECT sum(n) AS n FROM slow", slow=self._reader))
         except BaseException as error:
-            asked.set_exception(error)
-
-    threading.Thread(target=ask).start()
-    time.sleep(0.1)
-    return asked
+            self.answer.set_exception(error)
 
 
 def test_closing_waits_for_what_others_read(index_file):
     index = semid.open(index_file)
-    asked = asked_elsewhere(index, SLOW.format(30_000_000))
+    asked = Asked(index)
+    threading.Timer(0.3, asked.go_on.set).start()
     index.close()
     try:
-        assert asked.result().num_rows == 1
+        assert asked.answer.result(60)["n"].to_pylist() == [3]
     except IndexClosedError:
         assert duckdb.__version__ < "2", "which does not wait"
     with pytest.raises(IndexClosedError):
@@ -688,13 +693,13 @@ def test_closing_waits_for_what_others_read(index_file):
 def test_closing_does_not_wait_for_ever(index_file, monkeypatch, caplog):
     monkeypatch.setattr("semid_index.database._FREE_WITHIN", 0.1)
     index = semid.open(index_file)
-    asked = asked_elsewhere(index, SLOW.format(60_000_000))
+    asked = Asked(index)
     index.close()
     assert "is closed, but a thread still reads it: until it is done, the file is held" in caplog.text
-    assert not asked.done()
     with pytest.raises(IndexClosedError):
         len(index)
-    assert asked.result().num_rows == 1
+    asked.go_on.set()
+    assert asked.answer.result(60)["n"].to_pylist() == [3]
     with semid.open(index_file) as index:
         assert index.verify().ok
 

@@ -30,7 +30,6 @@ from semid_index.appending import Appending
 from semid_index.build import ItemWriter
 from semid_index.errors import DuplicateIdError, InvalidIdsError, InvalidVectorsError
 from semid_index.index import SemanticIndex
-from semid_index.live import Live
 from semid_index.store import Store
 
 DIM = 6
@@ -290,11 +289,6 @@ def test_any_sequence_of_calls(kind, part, trained):
 # -- does it notice? --------------------------------------------------------------------------------------------------
 
 
-def older_snapshot(real, live):
-    """Searches find what the first of them found."""
-    return live._latest or real(live)
-
-
 def another_items_code(real, writer, proposed, comparable):
     return np.roll(real(writer, proposed, comparable), 1, axis=0)
 
@@ -333,7 +327,6 @@ def nearest_left_out(real, index, query, k, **options):
 
 
 DEFECTS = {
-    older_snapshot: (Live, "_follow"),
     another_items_code: (ItemWriter, "place"),
     metadata_as_they_were: (Appending, "_add_metadata"),
     one_deleted_too_few: (Store, "delete"),
