@@ -214,21 +214,26 @@ def remove_log(path: Path) -> None:
     log_of(path).unlink(missing_ok=True)
 
 
+def _patiently(attempt: Callable[[], object], refusal: Any) -> Exception | None:
+    """Attempt something for some seconds, while DuckDB refuses it: the last refusal, or None once it is done."""
+    until = time.monotonic() + _FREE_WITHIN
+    while True:
+        try:
+            attempt()
+        except refusal as refused:
+            if time.monotonic() > until:
+                return refused  # type: ignore[no-any-return]
+            time.sleep(0.01)
+        else:
+            return None
+
+
 def close_all(connection: duckdb.DuckDBPyConnection) -> bool:
     """Close a connection and those made from it; other threads have some seconds to finish what they do with them.
 
     False if some take longer. Then theirs are closed when they are done.
     """
-    until = time.monotonic() + _FREE_WITHIN
-    while True:
-        try:
-            connection.close()
-        except _BUSY:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.01)
-        else:
-            return True
+    return _patiently(connection.close, _BUSY) is None
 
 
 def checkpoint_soon(connection: duckdb.DuckDBPyConnection, path: Path | None) -> None:
@@ -237,20 +242,13 @@ def checkpoint_soon(connection: duckdb.DuckDBPyConnection, path: Path | None) ->
     These are not only writers. While somebody reads a moment from before the last write, DuckDB keeps what it needs of
     that write, and takes it for one that goes on.
     """
-    until = time.monotonic() + _FREE_WITHIN
-    while True:
-        try:
-            connection.execute("CHECKPOINT")
-        except duckdb.TransactionException as error:
-            if time.monotonic() > until:
-                raise IndexLockedError(
-                    f"{path} is in use elsewhere in this process, and so cannot be brought up to date: another index "
-                    "or a connection of engine() writes to it, or a thread still reads what was there before the last "
-                    f"write. Try again when that is done. ({first_line(error)})"
-                ) from error
-            time.sleep(0.01)
-        else:
-            return
+    refused = _patiently(lambda: connection.execute("CHECKPOINT"), duckdb.TransactionException)
+    if refused is not None:
+        raise IndexLockedError(
+            f"{path} is in use elsewhere in this process, and so cannot be brought up to date: another index or a "
+            "connection of engine() writes to it, or a thread still reads what was there before the last write. Try "
+            f"again when that is done. ({first_line(refused)})"
+        ) from refused
 
 
 def wait_until_alone(connection: duckdb.DuckDBPyConnection, path: Path, release: Callable[[], None]) -> None:
