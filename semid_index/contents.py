@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -109,8 +109,8 @@ class Contents(Session):
 
         The present one comes last.
         """
-        with self.reading():
-            found = {number: schema_of(number) for number in kept_versions(self._reader().execute)}
+        with self.reading(), self._reader() as cursor:
+            found = {number: schema_of(number) for number in kept_versions(cursor.execute)}
             return {number: self._version(schema) for number, schema in (found | {self._newest(): "main"}).items()}
 
     def _newest(self) -> int:
@@ -228,8 +228,7 @@ class Contents(Session):
         """
         names = self._with_checksums(columns)
         together = max(1, _READ_BYTES // (4 * self.config.dim * _CHUNK)) * _CHUNK
-        with errors_translated(self.path), self._reading_settings():
-            reader = self._reader()
+        with errors_translated(self.path), self._reading_settings(), self._reader() as reader:
             reader.execute(f"SET streaming_buffer_size = '{_READ_AHEAD >> 20}MiB'")
             relation = reader.sql(f"SELECT row, {', '.join(names)} FROM semid_vectors{_where_row(rows)}")
             for batch in batches(relation, together):
@@ -407,7 +406,7 @@ class Contents(Session):
         source = "semantic_ids s" + (" JOIN items i ON i.id = s.id" if metadata else "")
         deeper = list(tables.code_expressions(self.layout))[self.layout.packed_levels :]
         order = ", ".join(f"s.{name}" for name in ("sid", *deeper, "dup_rank"))
-        place = "'" + str(part.absolute()).replace("'", "''") + "'"
+        place = tables.literal(str(part.absolute()))
         with errors_translated(self.path), self._settings(), self._converting(vector) as (cursor, converted):
             if vector is not None:
                 columns.append(f"{converted} AS vector")
@@ -474,24 +473,24 @@ class Contents(Session):
     @contextmanager
     def _converting(self, vector: VectorColumn | None) -> Iterator[tuple[duckdb.DuckDBPyConnection, str]]:
         """A cursor, and SQL over ``semid_vectors v`` for float32 vectors."""
-        cursor = self.cursor()
         stored = [] if vector is None else [f"v.{name}" for name in vector.stored]
-        if vector is None or vector.convert is None:
-            yield cursor, "".join(stored)
-            return
-        types = dict(cursor.execute("SELECT column_name, column_type FROM (DESCRIBE semid_vectors)").fetchall())
-        function = unique_name("semid_float32")
-        cursor.create_function(  # type: ignore[call-overload]  # it takes names as well as enums
-            function,
-            vector.convert,
-            [types[name] for name in vector.stored],
-            f"FLOAT[{self.config.dim}]",
-            type="arrow",
-        )
-        try:
-            yield cursor, f"{function}({', '.join(stored)})"
-        finally:
-            cursor.remove_function(function)
+        with closing(self.cursor()) as cursor:
+            if vector is None or vector.convert is None:
+                yield cursor, "".join(stored)
+                return
+            types = dict(cursor.execute("SELECT column_name, column_type FROM (DESCRIBE semid_vectors)").fetchall())
+            function = unique_name("semid_float32")
+            cursor.create_function(  # type: ignore[call-overload]  # it takes names as well as enums
+                function,
+                vector.convert,
+                [types[name] for name in vector.stored],
+                f"FLOAT[{self.config.dim}]",
+                type="arrow",
+            )
+            try:
+                yield cursor, f"{function}({', '.join(stored)})"
+            finally:
+                cursor.remove_function(function)
 
     def _with_checksums(self, columns: Iterable[str]) -> list[str]:
         """Some columns of ``semid_vectors``, and those that are needed to check them, as far as the file has any."""

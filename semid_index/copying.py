@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from graphlib import TopologicalSorter
 
-from semid_index.tables import Execute, quoted
+from semid_index.tables import Execute, literal, quoted
 
 _Table = tuple[str, str]  # schema and name
 
@@ -42,7 +42,7 @@ def copy_database(execute: Execute, source: str, target: str, *, plain: Collecti
 
 def _tables(execute: Execute, database: str) -> list[_Table]:
     """All tables, each after those that its foreign keys speak of."""
-    of_database = f"database_name = {_literal(database)}"
+    of_database = f"database_name = {literal(database)}"
     found = execute(
         f"SELECT schema_name, table_name FROM duckdb_tables() WHERE {of_database} AND NOT internal"
     ).fetchall()
@@ -61,7 +61,7 @@ def _columns(execute: Execute, database: str) -> dict[_Table, list[str]]:
     """The columns of each table that can be written: all but those that are computed."""
     found = execute(
         "SELECT schema_name, table_name, column_name, column_default FROM duckdb_columns() "
-        f"WHERE database_name = {_literal(database)} AND NOT internal ORDER BY column_index"
+        f"WHERE database_name = {literal(database)} AND NOT internal ORDER BY column_index"
     ).fetchall()
     known: dict[_Table, dict[str, str | None]] = {}
     for schema, table, column, default in found:
@@ -77,7 +77,3 @@ def _written(execute: Execute, database: str, table: _Table, columns: Mapping[st
     defaults = {column: default for column, _, _, _, default, _ in execute(f"DESCRIBE {name}").fetchall()}
     # DuckDB lists what computes a column as its default in one place, and not in the other
     return [column for column, default in columns.items() if default is None or defaults[column] is not None]
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

@@ -214,14 +214,22 @@ def remove_log(path: Path) -> None:
     log_of(path).unlink(missing_ok=True)
 
 
+class _OthersAreConnectedError(Exception):
+    pass
+
+
 def _patiently(attempt: Callable[[], object], refusal: Any) -> Exception | None:
-    """Attempt something for some seconds, while DuckDB refuses it: the last refusal, or None once it is done."""
+    """Attempt something for some seconds, while it is refused: the last refusal, or None once it is done.
+
+    There is always one more attempt after that time, however long one takes.
+    """
     until = time.monotonic() + _FREE_WITHIN
     while True:
+        last = time.monotonic() > until
         try:
             attempt()
         except refusal as refused:
-            if time.monotonic() > until:
+            if last:
                 return refused  # type: ignore[no-any-return]
             time.sleep(0.01)
         else:
@@ -253,17 +261,18 @@ def checkpoint_soon(connection: duckdb.DuckDBPyConnection, path: Path | None) ->
 
 def wait_until_alone(connection: duckdb.DuckDBPyConnection, path: Path, release: Callable[[], None]) -> None:
     """Give others in this process some seconds to finish what they do with a file; refuse if they do not."""
-    until = time.monotonic() + _FREE_WITHIN
-    release()
-    while connection.execute("SELECT count FROM duckdb_connection_count()").fetchall() != [(1,)]:
-        gc.collect()  # relations that were let go of, but are still around
-        if time.monotonic() > until:
-            raise IndexLockedError(
-                f"{path} is in use elsewhere in this process, and so cannot be replaced: by another index that is "
-                "open on it, a connection of engine(), or a relation that sql() gave. Close them, and try again."
-            )
-        time.sleep(0.01)
+
+    def attempt() -> None:
         release()
+        if connection.execute("SELECT count FROM duckdb_connection_count()").fetchall() != [(1,)]:
+            gc.collect()  # relations that were let go of, but are still around
+            raise _OthersAreConnectedError
+
+    if _patiently(attempt, _OthersAreConnectedError) is not None:
+        raise IndexLockedError(
+            f"{path} is in use elsewhere in this process, and so cannot be replaced: by another index that is "
+            "open on it, a connection of engine(), or a relation that sql() gave. Close them, and try again."
+        )
 
 
 def _close_late(made: Future[duckdb.DuckDBPyConnection]) -> None:

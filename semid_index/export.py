@@ -22,6 +22,7 @@ from semid_index.quantizers.tail import TAIL_ARRAY
 from semid_index.records import Tier
 from semid_index.rerank import from_stored
 from semid_index.store import Store, fingerprints
+from semid_index.tables import literal
 from semid_index.whole_files import new_file
 
 _LEAST_GROUP = 16_384  # rows: half a megabyte of IDs, which is read at once
@@ -65,7 +66,7 @@ def _options(target: Path, store: Store, metadata: Mapping[str, str]) -> str:
     ending = target.suffix.lower()
     if ending == ".parquet":
         said = {**_shape(store), "metadata": json.dumps(metadata)}
-        pairs = ", ".join(f"semid_{name}: {_literal(value)}" for name, value in said.items())
+        pairs = ", ".join(f"semid_{name}: {literal(value)}" for name, value in said.items())
         group = rows_per_group(len(store))
         return f"FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {group}, KV_METADATA {{{pairs}}}"
     plain = {".csv": "FORMAT csv, HEADER", ".json": "FORMAT json, ARRAY true", ".jsonl": "FORMAT json"}
@@ -131,7 +132,3 @@ _TO_FLOAT32: dict[Tier, VectorColumn] = {
     "float16": VectorColumn(("v",), _halves),
     "int8": VectorColumn(("v", "scale"), _scaled),
 }
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

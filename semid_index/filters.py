@@ -34,7 +34,7 @@ import duckdb
 import numpy as np
 
 from semid_index.errors import FilterError
-from semid_index.tables import quoted
+from semid_index.tables import literal, quoted
 
 MAX_LENGTH = 100_000
 """Characters that a filter may have."""
@@ -416,7 +416,7 @@ class _Writer:
         kind, text = _literal(node)
         match kind:
             case "STRING":
-                return "'" + text.replace("'", "''") + "'"
+                return literal(text)
             case "NULL_LITERAL":
                 return "NULL"
             case "BOOLEAN" if text in ("true", "false"):

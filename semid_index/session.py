@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
@@ -134,19 +134,26 @@ class Session:
     def _reader_of_thread(self) -> duckdb.DuckDBPyConnection | None:
         return getattr(self._moments, "cursor", None)
 
-    def _reader(self) -> duckdb.DuckDBPyConnection:
-        """What to read with: the connection of this thread's moment, or one for this read alone."""
-        return self._reader_of_thread() or self.cursor()
+    @contextmanager
+    def _reader(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """What to read with: the connection of this thread's moment, or one for this read alone.
+
+        That one is closed here. An error keeps what was used where it came from, and the file could not be replaced
+        until somebody collects that as garbage.
+        """
+        of_thread = self._reader_of_thread()
+        cursor = of_thread or self.cursor()
+        try:
+            yield cursor
+        finally:
+            if of_thread is None:
+                cursor.close()
 
     @contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
         """Several reads of one moment."""
-        with errors_translated(self.path):
-            cursor = self.cursor()
-            try:
-                yield Snapshot(cursor, self.path)
-            finally:
-                cursor.close()
+        with errors_translated(self.path), closing(self.cursor()) as cursor:
+            yield Snapshot(cursor, self.path)
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -212,8 +219,7 @@ class Session:
         """
         if self.path is not None:
             settings["memory_limit"] = f"{max(_LEAST_MEMORY, 16 * ROW_GROUP * self.config.dim) >> 20}MiB"
-        with self._write_lock:
-            cursor = self.cursor()
+        with self._write_lock, closing(self.cursor()) as cursor:
             before: dict[str, str] = {}
             if settings:
                 current = ", ".join(f"current_setting('{name}')" for name in settings)
@@ -248,10 +254,8 @@ class Session:
         Otherwise all stored vectors would be in memory twice. The limit is put back where :meth:`_settings` ends.
         """
         if self.path is not None:
-            cursor = self.cursor()
-            with suppress(duckdb.Error):  # it may hold what it cannot give back
+            with closing(self.cursor()) as cursor, suppress(duckdb.Error):  # it may hold what it cannot give back
                 cursor.execute(f"SET memory_limit = '{_KEPT_MEMORY >> 20}MiB'")
-            cursor.close()
 
     # -- settings -----------------------------------------------------------------------------------------------------
 
@@ -339,8 +343,7 @@ class Session:
 
         After ``timeout`` seconds :class:`duckdb.InterruptException` is raised.
         """
-        with errors_translated(self.path):
-            cursor = self._reader()
+        with errors_translated(self.path), self._reader() as cursor:
             for name, table in registered.items():
                 cursor.register(name, table)
             try:
@@ -352,8 +355,8 @@ class Session:
                         cursor.unregister(name)
 
     def _fetch(self, query: str, params: list[Any] | None = None) -> list[tuple[Any, ...]]:
-        with errors_translated(self.path):
-            return self._reader().execute(query, params or []).fetchall()
+        with errors_translated(self.path), self._reader() as cursor:
+            return cursor.execute(query, params or []).fetchall()
 
     def _has_table(self, name: str) -> bool:
         """Whether the index has a table. One that it has it keeps.
@@ -362,9 +365,9 @@ class Session:
         views, which takes as long as opening the file.
         """
         if name not in self._known_tables:
-            with errors_translated(self.path):
+            with errors_translated(self.path), closing(self.cursor()) as cursor:
                 try:
-                    self.cursor().execute(f"SELECT 1 FROM {name} LIMIT 0").fetchall()
+                    cursor.execute(f"SELECT 1 FROM {name} LIMIT 0").fetchall()
                 except duckdb.CatalogException:
                     return False
             self._known_tables.add(name)

@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -117,7 +117,9 @@ class Store(Contents):
 
     def _use_version(self, version: int) -> None:
         """Read an older version of the IDs from now on."""
-        if version not in (kept := kept_versions(self.cursor().execute)):
+        with closing(self.cursor()) as cursor:
+            kept = kept_versions(cursor.execute)
+        if version not in kept:
             known = "".join(f"{number}, " for number in kept)
             raise InvalidArgumentError(
                 f"{self.path} has no version {version}. It has {known}and {self.version}, which is the present one."
@@ -223,31 +225,31 @@ class Store(Contents):
         is about vectors alone.
         """
         name = unique_name("semid_copy")
-        place = "'" + str(part.absolute()).replace("'", "''") + "'"
+        place = tables.literal(str(part.absolute()))
         version = CONNECT_CONFIG["storage_compatibility_version"]
-        with copy_errors_translated(target), self._settings(force_compression="auto"):
-            cursor = self.cursor()
+        with (
+            copy_errors_translated(target),
+            self._settings(force_compression="auto"),
+            closing(self.cursor()) as cursor,
+        ):
+            source = str(cursor.execute("SELECT current_database()").fetchall()[0][0])
+            cursor.execute(f"ATTACH {place} AS {name} (READ_WRITE, STORAGE_VERSION '{version}')")
             try:
-                source = str(cursor.execute("SELECT current_database()").fetchall()[0][0])
-                cursor.execute(f"ATTACH {place} AS {name} (READ_WRITE, STORAGE_VERSION '{version}')")
-                try:
-                    cursor.execute("BEGIN")
-                    copy_database(cursor.execute, source, name, plain=() if compress else ("semid_vectors",))
-                    cursor.execute("SET force_compression = 'auto'")  # for what is left to be written
-                    cursor.execute("COMMIT")
-                    cursor.execute(f"CHECKPOINT {name}")
-                finally:
-                    with suppress(duckdb.Error):  # COMMIT may have ended the transaction
-                        cursor.execute("ROLLBACK")
-                    cursor.execute(f"USE {tables.quoted(source)}")
-                    cursor.execute(f"DETACH {name}")
+                cursor.execute("BEGIN")
+                copy_database(cursor.execute, source, name, plain=() if compress else ("semid_vectors",))
+                cursor.execute("SET force_compression = 'auto'")  # for what is left to be written
+                cursor.execute("COMMIT")
+                cursor.execute(f"CHECKPOINT {name}")
             finally:
-                cursor.close()
+                with suppress(duckdb.Error):  # COMMIT may have ended the transaction
+                    cursor.execute("ROLLBACK")
+                cursor.execute(f"USE {tables.quoted(source)}")
+                cursor.execute(f"DETACH {name}")
 
     def checkpoint(self) -> tuple[int, ...]:
         """Bring all that was written into the file itself; returns what would tell that something was written since."""
-        with errors_translated(self.path):
-            checkpoint_soon(self.cursor(), self.path)
+        with errors_translated(self.path), closing(self.cursor()) as cursor:
+            checkpoint_soon(cursor, self.path)
             return self._file_state()
 
     def replace_file(self, part: Path, state: tuple[int, ...], release: Callable[[], None]) -> bool:
@@ -300,7 +302,8 @@ class Store(Contents):
 
     def macros_fingerprint(self) -> str:
         """The SHA-256 of the statements with which this version writes the macros of this index."""
-        return _macros_fingerprint(_macros(self.cursor(), self.config, self.layout, hierarchical=self.hierarchical))
+        with closing(self.cursor()) as cursor:
+            return _macros_fingerprint(_macros(cursor, self.config, self.layout, hierarchical=self.hierarchical))
 
     def _file_state(self) -> tuple[int, ...]:
         parts = [] if self.path is None else [self.path, log_of(self.path)]

@@ -44,6 +44,11 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def literal(text: str) -> str:
+    """Text as an SQL literal. Every text that becomes part of a statement passes through here."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 def check_format(found: int) -> None:
     """Refuse a file that a later version wrote."""
     if found > FORMAT_VERSION:

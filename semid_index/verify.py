@@ -30,7 +30,7 @@ from semid_index.quantizer import Codes, ProgressCallback, Quantizer, Vectors
 from semid_index.records import Check, IndexConfig, VerifyReport
 from semid_index.rerank import from_stored, stored_dtype
 from semid_index.store import Store, fingerprints
-from semid_index.tables import FORMAT_VERSION, bucket_depth, bucket_shift, quoted
+from semid_index.tables import FORMAT_VERSION, bucket_depth, bucket_shift, literal, quoted
 
 _BATCH = 65_536
 _NORM_TOLERANCE = 1e-4  # relative; sums of the same float32 numbers in another order
@@ -320,9 +320,9 @@ def _readable(index: _Contents) -> _Found:
 
 def _lost_settings(index: _Contents) -> list[str]:
     """Those that are not there once by DuckDB's index of their keys, which writing goes by."""
-    keys = {key: key.replace("'", "''") for (key,) in index.snapshot.rows("SELECT key FROM semid_meta")}
-    by_index = "SELECT count(*) FROM semid_meta WHERE key = '{}'"
-    return [key for key, text in keys.items() if index.count(by_index.format(text)) != 1]
+    by_index = "SELECT count(*) FROM semid_meta WHERE key = "
+    keys = index.snapshot.rows("SELECT key FROM semid_meta")
+    return [key for (key,) in keys if index.count(by_index + literal(key)) != 1]
 
 
 def _codebooks(index: _Contents) -> _Found:

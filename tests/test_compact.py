@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -536,8 +537,24 @@ def test_who_reads_that_for_long_is_a_reason_to_refuse(index_file, vectors, monk
         with index._store.reading():
             index._store.stamp()
             pool.submit(index.upsert, vectors[:5] + 1, np.arange(5)).result()
-            with pytest.raises(IndexLockedError, match="a thread still reads what was there before the last write"):
+            why = "a thread still reads what was there before the last write"
+            with pytest.raises(IndexLockedError, match=why) as refused:
                 pool.submit(index.compact).result()
+        index.compact()  # though the error holds on to what was used
+        assert refused.value.__traceback__ is not None
+
+
+def test_however_long_one_look_takes_there_is_another(index_file, monkeypatch):
+    """What is not referred to any more may be freed by the first one, which takes long in a large process."""
+    monkeypatch.setattr("semid_index.database._FREE_WITHIN", 0.1)
+    with semid.open(index_file) as index:
+        held = index._store.cursor()
+
+        def collect_slowly() -> None:
+            time.sleep(0.2)
+            held.close()
+
+        monkeypatch.setattr("semid_index.database.gc.collect", collect_slowly)
         index.compact()
 
 

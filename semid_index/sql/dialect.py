@@ -24,6 +24,7 @@ from semid_index.errors import InvalidArgumentError
 from semid_index.sql import dbapi
 from semid_index.sql.column_types import Array, Other, SizedInteger, parse_type
 from semid_index.store import Store
+from semid_index.tables import literal
 
 # Where a table is looked for: temporary ones hide others, as in DuckDB itself.
 _HERE = "database_name IN (current_database(), 'temp') AND lower(schema_name) = lower($1)"
@@ -39,7 +40,7 @@ class Compiler(PGCompiler):
     def _regexp_match(self, base_op: str, binary: Any, operator: Any, kw: Any) -> str:
         arguments = [self.process(binary.left, **kw), self.process(binary.right, **kw)]
         if flags := binary.modifiers["flags"]:
-            arguments.append(_literal(flags))
+            arguments.append(literal(flags))
         return f"{'NOT ' if base_op.startswith('!') else ''}regexp_matches({', '.join(arguments)})"
 
     def for_update_clause(self, select: Any, **kw: Any) -> str:
@@ -387,11 +388,7 @@ def _own_sequence(preparer: compiler.IdentifierPreparer, table: str, column: str
 
 
 def _next(sequence: str) -> str:
-    return f"nextval({_literal(sequence)})"
-
-
-def _literal(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+    return f"nextval({literal(sequence)})"
 
 
 def _index(name: str, unique: bool, parts: list[str]) -> dict[str, Any]:
