@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -411,21 +413,29 @@ def test_what_cannot_be_compacted(index_file):
         index.compact()
 
 
-def test_what_else_has_the_file_open_is_a_reason_to_refuse(index_file, monkeypatch, vectors):
-    monkeypatch.setattr("semid_index.database._FREE_WITHIN", 0.1)
+@contextmanager
+def refused(why: str) -> Iterator[pytest.ExceptionInfo[IndexLockedError]]:
+    """It is waited for, but not as long as usual. What is to succeed has all the time it needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("semid_index.database._FREE_WITHIN", 0.1)
+        with pytest.raises(IndexLockedError, match=why) as caught:
+            yield caught
+
+
+def test_what_else_has_the_file_open_is_a_reason_to_refuse(index_file, vectors):
     content = index_file.read_bytes()
     with semid.open(index_file) as index:
         relation = index.sql("SELECT count(*) FROM items")
-        with pytest.raises(IndexLockedError, match="relation"):
+        with refused("relation"):
             index.compact()
         assert relation.fetchall() == [(2_000,)]
         del relation
-        with semid.open(index_file) as other, pytest.raises(IndexLockedError, match="another index"):
+        with semid.open(index_file) as other, refused("another index"):
             index.compact()
         assert other._store.closed
         with index.engine().connect() as connection:
             connection.execute(text("SELECT 1"))
-            with pytest.raises(IndexLockedError, match="engine"):
+            with refused("engine"):
                 index.compact()
             assert connection.execute(text("SELECT count(*) FROM items")).scalar() == 2_000
         assert len(index) == 2_000
@@ -438,12 +448,11 @@ def test_what_else_has_the_file_open_is_a_reason_to_refuse(index_file, monkeypat
     assert index_file.read_bytes() != content
 
 
-def test_a_result_that_is_taken_in_parts_is_no_endless_wait(index_file, monkeypatch):
+def test_a_result_that_is_taken_in_parts_is_no_endless_wait(index_file):
     """DuckDB does not count such a reader among its connections, and would wait for it without end."""
-    monkeypatch.setattr("semid_index.database._FREE_WITHIN", 0.2)
     with semid.open(index_file) as index:
         reader = index.sql("SELECT a.id FROM items a, items b").to_arrow_reader(1_000)
-        with pytest.raises(IndexLockedError, match="in parts"):
+        with refused("in parts"):
             index.compact()
         assert len(reader.read_next_batch()) > 0
         with pytest.raises(IndexClosedError):
@@ -531,31 +540,31 @@ def test_who_reads_what_was_there_before_the_last_write_is_waited_for(index_file
         assert index.verify().ok
 
 
-def test_who_reads_that_for_long_is_a_reason_to_refuse(index_file, vectors, monkeypatch):
-    monkeypatch.setattr("semid_index.database._FREE_WITHIN", 0.1)
+def test_who_reads_that_for_long_is_a_reason_to_refuse(index_file, vectors):
     with semid.open(index_file) as index, ThreadPoolExecutor(1) as pool:
         with index._store.reading():
             index._store.stamp()
             pool.submit(index.upsert, vectors[:5] + 1, np.arange(5)).result()
-            why = "a thread still reads what was there before the last write"
-            with pytest.raises(IndexLockedError, match=why) as refused:
+            with refused("a thread still reads what was there before the last write") as caught:
                 pool.submit(index.compact).result()
         index.compact()  # though the error holds on to what was used
-        assert refused.value.__traceback__ is not None
+        assert caught.value.__traceback__ is not None
 
 
 def test_however_long_one_look_takes_there_is_another(index_file, monkeypatch):
     """What is not referred to any more may be freed by the first one, which takes long in a large process."""
-    monkeypatch.setattr("semid_index.database._FREE_WITHIN", 0.1)
+    seconds, clock = [0], time.monotonic
+    monkeypatch.setattr("semid_index.database.time.monotonic", lambda: clock() + seconds[0])
     with semid.open(index_file) as index:
         held = index._store.cursor()
 
-        def collect_slowly() -> None:
-            time.sleep(0.2)
+        def collect() -> None:
             held.close()
+            seconds[0] += 60
 
-        monkeypatch.setattr("semid_index.database.gc.collect", collect_slowly)
+        monkeypatch.setattr("semid_index.database.gc.collect", collect)
         index.compact()
+        assert seconds == [60]
 
 
 def test_vectors_that_stay_in_the_file_are_read_from_the_new_one(worn_file, queries):
