@@ -30,6 +30,7 @@ from semid_index.appending import Appending
 from semid_index.build import ItemWriter
 from semid_index.errors import DuplicateIdError, InvalidIdsError, InvalidVectorsError
 from semid_index.index import SemanticIndex
+from semid_index.live import Live
 from semid_index.store import Store
 
 DIM = 6
@@ -38,6 +39,7 @@ LONG = bool(os.environ.get("SEMID_LONG"))
 RUNS = int(os.environ.get("SEMID_RUNS") or (10_000 if LONG else 200 if duckdb.__version__ >= "2" else 40))
 STEPS = 50
 PARTS = 5  # of the runs of each kind, which several processes share out among them
+SEARCH_EVERY = 3  # steps
 SELDOM = 5  # steps until what takes longest, compact and retrain, may come again
 MEMORY = Path("/dev/shm")  # where no step waits for a disk; what a disk holds is the matter of test_kill.py
 POOL = (
@@ -184,6 +186,9 @@ def machine(kind: str, start: Path) -> type[RuleBasedStateMachine]:
 
         @rule(place=places, k=st.integers(1, 8), least=st.none() | places)
         def search(self, place: int, k: int, least: int | None) -> None:
+            self.find(place, k, least)
+
+        def find(self, place: int, k: int, least: int | None = None) -> None:
             fits = [id for id, held in self.model.items() if least is None or held >= least]
             if least is not None and not self.names and self.index._store.id_type is None:
                 return  # no column to ask for
@@ -228,6 +233,8 @@ def machine(kind: str, start: Path) -> type[RuleBasedStateMachine]:
                 assert {id: name for id, name, _ in found} == self.names
                 assert {id: place for id, _, place in found} == self.model
                 assert len(found) == len(self.model)
+            if self.steps % SEARCH_EVERY == 0:  # more often than the rule comes, to see whether searches follow writes
+                self.find(7 * self.steps % len(POOL), 4)
 
         # -- parts ----------------------------------------------------------------------------------------------------
 
@@ -289,6 +296,11 @@ def test_any_sequence_of_calls(kind, part, trained):
 # -- does it notice? --------------------------------------------------------------------------------------------------
 
 
+def older_snapshot(real, live):
+    """Searches find what the first of them found."""
+    return live._latest or real(live)
+
+
 def another_items_code(real, writer, proposed, comparable):
     return np.roll(real(writer, proposed, comparable), 1, axis=0)
 
@@ -327,6 +339,7 @@ def nearest_left_out(real, index, query, k, **options):
 
 
 DEFECTS = {
+    older_snapshot: (Live, "_follow"),
     another_items_code: (ItemWriter, "place"),
     metadata_as_they_were: (Appending, "_add_metadata"),
     one_deleted_too_few: (Store, "delete"),
