@@ -88,15 +88,14 @@ def complete_or_nothing(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """Where to write a new index: a file beside ``output`` that takes its place if all goes well, else goes away."""
     if output.exists() and not overwrite:
         raise IndexExistsError(f"{output} exists. Add to it with semid add, or replace it with --overwrite.")
-    from semid_index.database import check_not_in_use, remove_log
-    from semid_index.whole_files import part_of
+    from semid_index.database import check_not_in_use
+    from semid_index.whole_files import part_of, put_in_place
 
     if output.exists():
         check_not_in_use(output)
     with part_of(output) as part:
         yield part
-        remove_log(output)  # of the file that is replaced
-        part.replace(output)
+        put_in_place(part, output)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

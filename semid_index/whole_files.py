@@ -41,10 +41,15 @@ def new_index(target: Path, index: Path | None, *, overwrite: bool) -> Iterator[
         if target.exists():
             check_not_in_use(target)
         yield part
-        sync_file(part)
-        remove_log(target)  # of the file that is replaced
-        part.replace(target)
-        sync_folder(target)
+        put_in_place(part, target)
+
+
+def put_in_place(part: Path, target: Path) -> None:
+    """Give an index that is complete and closed its name, once all of it is on the disk."""
+    sync_file(part)
+    remove_log(target)  # of the file that is replaced
+    part.replace(target)
+    sync_folder(target)
 
 
 @contextmanager
