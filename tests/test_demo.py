@@ -31,7 +31,7 @@ class Shown:
 
     text: str
     path: Path
-    seconds: float
+    processor_seconds: float  # not those of a clock: how busy the machine is says nothing of the demo
 
     def part(self, heading: str) -> list[str]:
         """The lines below a heading."""
@@ -50,10 +50,10 @@ def sample() -> Sample:
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
     folder = tmp_path_factory.mktemp("demo")
     console = Console(file=io.StringIO(), width=100)
-    started = time.perf_counter()
+    started = time.process_time()
     with chdir(folder):
         demo.run(Path("demo.duckdb"), console)
-    return Shown(console.file.getvalue(), folder / "demo.duckdb", time.perf_counter() - started)
+    return Shown(console.file.getvalue(), folder / "demo.duckdb", time.process_time() - started)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_an_unknown_query_names_those_that_are_known(sample: Sample) -> None:
 
 
 def test_it_is_quick_and_fits_a_hundred_columns(shown: Shown) -> None:
-    assert shown.seconds < 60
+    assert shown.processor_seconds < 60
     assert max(map(len, shown.text.splitlines())) == 100
 
 

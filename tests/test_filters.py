@@ -404,9 +404,9 @@ def test_100_000_values_go_in_as_one_parameter(connection):
         for spelling, expected in [(f"{column} IN ?", 100_000), (f"{column} NOT IN ?", 100_000)]:
             checked = check_filter(spelling, [values], ["id", "name"])
             assert len(checked.sql) < 100
-            started = time.perf_counter()
+            started = time.process_time()
             assert len(chosen(connection, checked, "many")) == expected
-            assert time.perf_counter() - started < 5  # contains() takes 20 times as long
+            assert time.process_time() - started < 5  # contains() takes 20 times as long
 
 
 def test_long_filters_are_fine(connection):
@@ -903,14 +903,14 @@ HOSTILE: list[str] = [
 
 @pytest.mark.parametrize("where", HOSTILE, ids=lambda where: ascii(where[:60]))
 def test_refuses_everything_else(where):
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(FilterError) as caught:
         check_filter(where, None, COLUMNS)
     message = str(caught.value)
     assert message
     assert "\n" not in message
     assert len(message) < 2_000
-    assert time.perf_counter() - started < 10  # the slowest of them takes a minute in the parser itself
+    assert time.process_time() - started < 10  # the slowest of them takes a minute in the parser itself
 
 
 @pytest.mark.parametrize(
