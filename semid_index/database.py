@@ -63,17 +63,10 @@ class Snapshot:
         with self._alive():
             return self._cursor.execute(query).fetchall()
 
-    def arrow(self, query: str, **registered: pa.Table) -> pa.Table:
+    def arrow(self, query: str, **given: pa.Table) -> pa.Table:
         """A result as an Arrow table; further arguments are Arrow tables that the query may name."""
-        with self._alive():
-            for name, table in registered.items():
-                self._cursor.register(name, table)
-            try:
-                return self._cursor.sql(query).to_arrow_table()
-            finally:
-                with suppress(duckdb.Error):
-                    for name in registered:
-                        self._cursor.unregister(name)
+        with self._alive(), registered(self._cursor, **given):
+            return self._cursor.sql(query).to_arrow_table()
 
     def batches(self, query: str, rows: int) -> Iterator[pa.RecordBatch]:
         """A result in Arrow batches of so many rows or fewer."""
@@ -101,21 +94,27 @@ def unique_name(stem: str) -> str:
 
 def run_over(cursor: duckdb.DuckDBPyConnection, batch: pa.Table, query: str) -> list[tuple[Any, ...]]:
     """Run a query that reads the Arrow table under the name ``batch``."""
-    cursor.register("batch", batch)
-    try:
+    with registered(cursor, batch=batch):
         return cursor.execute(query).fetchall()
-    finally:
-        with suppress(duckdb.TransactionException):  # the query failed, and its own error is the one to see
-            cursor.unregister("batch")
 
 
 def read_over(cursor: duckdb.DuckDBPyConnection, batch: pa.Table, query: str) -> pa.Table:
     """The result of a query that reads the Arrow table under the name ``batch``."""
-    cursor.register("batch", batch)
-    try:
+    with registered(cursor, batch=batch):
         return cursor.sql(query).to_arrow_table()
+
+
+@contextmanager
+def registered(cursor: duckdb.DuckDBPyConnection, **given: pa.Table) -> Iterator[None]:
+    """Let queries of this cursor read Arrow tables under their names."""
+    for name, table in given.items():
+        cursor.register(name, table)
+    try:
+        yield
     finally:
-        cursor.unregister("batch")
+        with suppress(duckdb.Error):  # a query failed, and its own error is the one to see
+            for name in given:
+                cursor.unregister(name)
 
 
 @contextmanager
@@ -127,7 +126,7 @@ def interrupted_after(seconds: float | None, cursor: duckdb.DuckDBPyConnection) 
     done = threading.Event()
 
     def watch() -> None:
-        wait = seconds
+        wait = min(seconds, threading.TIMEOUT_MAX)
         while not done.wait(wait):
             cursor.interrupt()
             wait = _INTERRUPT_EVERY  # DuckDB forgets an interrupt that comes between two statements
@@ -152,7 +151,9 @@ def connect(path: Path | None, *, read_only: bool) -> duckdb.DuckDBPyConnection:
 def check_is_database(path: Path) -> None:
     """Refuse a path where there is no DuckDB file."""
     if not path.exists():
-        raise IndexNotFoundError(f"There is no file {path}. Make an index with semid_index.create(path, dim=...).")
+        raise IndexNotFoundError(
+            f"There is no file {path}. Make an index with semid_index.create(path, dim=...) or semid build."
+        )
     if path.is_dir():
         raise NotAnIndexError(f"{path} is a folder. Give the path of the index's file.")
     try:
@@ -162,7 +163,8 @@ def check_is_database(path: Path) -> None:
         raise IndexFileError(f"{path} cannot be read: {error.strerror}. Change its permissions.") from error
     if head[8:12] != _DUCKDB_MAGIC:
         raise NotAnIndexError(
-            f"{path} is not an index of semid-index: it is no DuckDB file. Make an index with semid_index.create."
+            f"{path} is not an index of semid-index: it is no DuckDB file. Make an index with semid_index.create or "
+            "semid build."
         )
 
 
@@ -218,12 +220,12 @@ class _OthersAreConnectedError(Exception):
     pass
 
 
-def _patiently(attempt: Callable[[], object], refusal: Any) -> Exception | None:
+def _patiently(attempt: Callable[[], object], refusal: Any, within: float | None = None) -> Exception | None:
     """Attempt something for some seconds, while it is refused: the last refusal, or None once it is done.
 
     There is always one more attempt after that time, however long one takes.
     """
-    until = time.monotonic() + _FREE_WITHIN
+    until = time.monotonic() + (_FREE_WITHIN if within is None else within)
     while True:
         last = time.monotonic() > until
         try:
@@ -231,7 +233,7 @@ def _patiently(attempt: Callable[[], object], refusal: Any) -> Exception | None:
         except refusal as refused:
             if last:
                 return refused  # type: ignore[no-any-return]
-            time.sleep(0.01)
+            time.sleep(0.001)
         else:
             return None
 
@@ -259,14 +261,26 @@ def checkpoint_soon(connection: duckdb.DuckDBPyConnection, path: Path | None) ->
         ) from refused
 
 
+def are_alone(connection: duckdb.DuckDBPyConnection, own: int, *, within: float) -> bool:
+    """Whether, within some seconds, a database comes to have no more than so many connections."""
+    return _patiently(lambda: _check_alone(connection, own), _OthersAreConnectedError, within) is None
+
+
+def _check_alone(connection: duckdb.DuckDBPyConnection, own: int) -> None:
+    if connection.execute("SELECT count FROM duckdb_connection_count()").fetchall()[0][0] > own:
+        raise _OthersAreConnectedError
+
+
 def wait_until_alone(connection: duckdb.DuckDBPyConnection, path: Path, release: Callable[[], None]) -> None:
     """Give others in this process some seconds to finish what they do with a file; refuse if they do not."""
 
     def attempt() -> None:
         release()
-        if connection.execute("SELECT count FROM duckdb_connection_count()").fetchall() != [(1,)]:
+        try:
+            _check_alone(connection, 1)
+        except _OthersAreConnectedError:
             gc.collect()  # relations that were let go of, but are still around
-            raise _OthersAreConnectedError
+            raise
 
     if _patiently(attempt, _OthersAreConnectedError) is not None:
         raise IndexLockedError(
@@ -331,7 +345,8 @@ _TRANSLATIONS: tuple[tuple[str, type[SemidError], str], ...] = (
     (
         "lock on file",
         IndexLockedError,
-        "{path} is open in another process{holder}. Close it there; or open it with read_only=True in every process.",
+        "{path} is open in another process{holder}. Close it there; or open it with read_only=True in every process, "
+        "as semid search does.",
     ),
     (
         "different configuration",
@@ -363,11 +378,19 @@ _TRANSLATIONS: tuple[tuple[str, type[SemidError], str], ...] = (
         "Writing {path} failed, and the index is as it was before. Make room on the disk.",
     ),
     ("Connection already closed", IndexClosedError, _CLOSED),
+    ("Connection has already been closed", IndexClosedError, _CLOSED),
+    ("No open result set", IndexClosedError, _CLOSED),  # it was read when the connection was closed
     ("bad_weak_ptr", IndexClosedError, _CLOSED),  # DuckDB 1.5, where it was in the middle of a query
     ("IO Error", IndexFileError, "{path} cannot be used."),
+    (
+        "Failed to commit: Cannot open file",  # the log, in a folder that is gone
+        StorageError,
+        "Writing {path} failed, and the index is as it was before. See that its folder is there.",
+    ),
     ("INTERNAL Error", CorruptIndexError, "{path} is damaged, or DuckDB made a mistake. " + RESTORE),
     ("FATAL Error", StorageError, "{path} must be closed and opened again: DuckDB has given up on it."),
 )
+_INTERRUPTED = "Query interrupted"  # DuckDB's RuntimeError in place of KeyboardInterrupt
 _CONFLICTS = ("conflict", "failed to commit: primary key")  # what DuckDB says when two transactions write the same
 
 
@@ -378,10 +401,12 @@ def errors_translated(path: Path | None) -> Iterator[None]:
         yield
     except duckdb.IntegrityError as error:
         raise DuplicateIdError(f"An id is in the index already. Leave it out. ({first_line(error)})") from error
-    except duckdb.DataError:  # it quotes values, which can contain any words
+    except (SemidError, duckdb.DataError):  # ours already; or it quotes values, which can contain any words
         raise
     except (duckdb.Error, RuntimeError) as error:
         message = str(error)
+        if message == _INTERRUPTED:
+            raise KeyboardInterrupt from error
         if isinstance(error, duckdb.TransactionException) and any(words in message.lower() for words in _CONFLICTS):
             raise ConflictError(
                 f"Another connection of this process writes the same rows of {path or 'the index'}, and the index is "

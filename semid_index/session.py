@@ -14,17 +14,18 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import duckdb
 
 from semid_index.codes import CodeLayout
-from semid_index.database import Snapshot, close_all, errors_translated, interrupted_after
+from semid_index.database import Snapshot, are_alone, close_all, errors_translated, interrupted_after, registered
 from semid_index.errors import (
     RESTORE,
     ConflictError,
     CorruptIndexError,
     IndexClosedError,
+    IndexLockedError,
     ReadOnlyError,
 )
 from semid_index.item_places import ROW_GROUP
@@ -40,6 +41,7 @@ _ATTEMPTS = 8  # at a write that conflicts with somebody else's
 _FIRST_WAIT = 0.01  # seconds before the second attempt; each further one waits twice as long
 _LEAST_MEMORY = 512 << 20  # bytes that DuckDB may hold while it writes or reads vectors
 _KEPT_MEMORY = 1 << 20  # bytes that it may go on holding afterwards
+_MOMENT = 0.05  # seconds that reads which begin now may be kept waiting
 _T = TypeVar("_T")
 
 
@@ -69,6 +71,25 @@ def _writers_of(path: Path | None) -> _Writers:
         return writers
 
 
+_sessions: WeakSet[Session] = WeakSet()
+
+
+def _leave_to_the_parent() -> None:
+    """See that a forked child never destroys a database that it has inherited.
+
+    It has none of DuckDB's threads, which that would wait for; and it would truncate files that the parent works with.
+    """
+    import ctypes
+
+    for session in _sessions:
+        if session.connection_of_file is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session.connection_of_file))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_the_parent)
+
+
 class Session:
     """One open file, or one database in memory."""
 
@@ -82,8 +103,10 @@ class Session:
         self._known_tables: set[str] = set()
         self._old_version: int | None = None
         self._known_settings: tuple[int, dict[str, str]] | None = None
+        self._process = os.getpid()
         self.path = path
         self.read_only = read_only
+        _sessions.add(self)
 
     # -- connections and moments --------------------------------------------------------------------------------------
 
@@ -95,8 +118,20 @@ class Session:
         with self._file_lock:
             connection, self._connection = self._connection, None
             self._known_settings = None
-            if connection is not None and not close_all(connection):
+            if connection is None or self._is_inherited:
+                return
+            if not close_all(connection):
                 log.warning("%s is closed, but a thread still reads it: until it is done, the file is held", self.path)
+
+    @property
+    def connection_of_file(self) -> duckdb.DuckDBPyConnection | None:
+        """The first connection, which all others are made from; None once closed."""
+        return self._connection
+
+    @property
+    def _is_inherited(self) -> bool:
+        """Whether this is a forked child of the process that opened the file."""
+        return os.getpid() != self._process
 
     @property
     def closed(self) -> bool:
@@ -105,12 +140,18 @@ class Session:
 
     def cursor(self) -> duckdb.DuckDBPyConnection:
         """A connection of one's own to the same database, for one thread."""
-        with self._file_lock:
+        if self._is_inherited:
+            raise IndexLockedError(
+                f"{self.path or 'The index'} was opened by process {self._process}, of which this one is a fork, and "
+                "DuckDB works in one of them only. Open the index in each process, after the fork; with read_only=True "
+                "in all of them, if they are to read at the same time."
+            )
+        with self._file_lock, errors_translated(self.path):
             if self._connection is None:
                 raise IndexClosedError("The index is closed. Open it again with semid_index.open(path).")
             cursor = self._connection.cursor()
-        if self._old_version is not None:
-            cursor.execute(f"SET search_path = '{schema_of(self._old_version)},main'")
+            if self._old_version is not None:
+                cursor.execute(f"SET search_path = '{schema_of(self._old_version)},main'")
         return cursor
 
     @contextmanager
@@ -122,7 +163,8 @@ class Session:
         cursor = self.cursor()
         self._moments.writes, self._moments.settings = self.writes, None
         try:
-            cursor.execute("BEGIN")
+            with errors_translated(self.path):
+                cursor.execute("BEGIN")
             self._moments.cursor = cursor
             yield
         finally:
@@ -212,10 +254,10 @@ class Session:
             yield
 
     @contextmanager
-    def _settings(self, **settings: str) -> Iterator[None]:
+    def _settings(self, **settings: str) -> Iterator[duckdb.DuckDBPyConnection]:
         """Work under other settings of DuckDB, and for a file under a memory limit that goes by the size of a row.
 
-        Settings hold for the whole database, so only one thread at a time may change them.
+        Settings hold for the whole database, so only one thread at a time may change them. Gives what it does so with.
         """
         if self.path is not None:
             settings["memory_limit"] = f"{max(_LEAST_MEMORY, 16 * ROW_GROUP * self.config.dim) >> 20}MiB"
@@ -227,7 +269,7 @@ class Session:
             try:
                 for name, value in settings.items():
                     cursor.execute(f"SET {name} = '{value}'")
-                yield
+                yield cursor
             finally:
                 with suppress(duckdb.Error):  # nothing that went wrong before may hide behind this
                     for name, value in before.items():
@@ -240,22 +282,31 @@ class Session:
             yield
             return
         try:
-            with self._settings():
+            with self._settings() as cursor:
                 try:
                     yield
                 finally:
-                    self._let_go_of_blocks()
+                    self._let_go_of_blocks(cursor)
         finally:
             self._write_lock.release()
 
-    def _let_go_of_blocks(self) -> None:
+    def _let_go_of_blocks(self, cursor: duckdb.DuckDBPyConnection) -> None:
         """Have DuckDB give back most of the file's blocks that it holds, which nobody is going to read soon.
 
-        Otherwise all stored vectors would be in memory twice. The limit is put back where :meth:`_settings` ends.
+        Otherwise all stored vectors would be in memory twice. For that moment there is no memory for any query, so it
+        is done when nobody else has a connection, and nobody gets one meanwhile; if there is no such moment soon, then
+        not now.
         """
-        if self.path is not None:
-            with closing(self.cursor()) as cursor, suppress(duckdb.Error):  # it may hold what it cannot give back
+        if self.path is None:
+            return
+        own = 2 if self._reader_of_thread() is None else 3  # the first one, the one given here, and the thread's
+        with self._file_lock:
+            if self._connection is None or not are_alone(cursor, own, within=_MOMENT):
+                return
+            before = cursor.execute("SELECT current_setting('memory_limit')").fetchall()[0][0]
+            with suppress(duckdb.Error):  # it may hold what it cannot give back
                 cursor.execute(f"SET memory_limit = '{_KEPT_MEMORY >> 20}MiB'")
+            cursor.execute(f"SET memory_limit = '{before}'")
 
     # -- settings -----------------------------------------------------------------------------------------------------
 
@@ -336,23 +387,18 @@ class Session:
 
     # -- queries ------------------------------------------------------------------------------------------------------
 
-    def arrow(
-        self, query: str, *, params: Any = None, timeout: float | None = None, **registered: pa.Table
-    ) -> pa.Table:
+    def arrow(self, query: str, *, params: Any = None, timeout: float | None = None, **given: pa.Table) -> pa.Table:
         """The result of a query; further keyword arguments are Arrow tables that it may name.
 
         After ``timeout`` seconds :class:`duckdb.InterruptException` is raised.
         """
-        with errors_translated(self.path), self._reader() as cursor:
-            for name, table in registered.items():
-                cursor.register(name, table)
-            try:
-                with interrupted_after(timeout, cursor):
-                    return cursor.sql(query, params=params or None).to_arrow_table()
-            finally:
-                with suppress(duckdb.TransactionException):  # the query failed, and its own error is the one to see
-                    for name in registered:
-                        cursor.unregister(name)
+        with (
+            errors_translated(self.path),
+            self._reader() as cursor,
+            registered(cursor, **given),
+            interrupted_after(timeout, cursor),
+        ):
+            return cursor.sql(query, params=params or None).to_arrow_table()
 
     def _fetch(self, query: str, params: list[Any] | None = None) -> list[tuple[Any, ...]]:
         with errors_translated(self.path), self._reader() as cursor:

@@ -108,7 +108,7 @@ class Store(Contents):
         if not self._has_table("semid_meta"):
             raise NotAnIndexError(
                 f"{self.path} is a DuckDB database, but not one of semid-index: it has no table semid_meta. "
-                "Make an index, in a file of its own, with semid_index.create."
+                "Make an index, in a file of its own, with semid_index.create or semid build."
             )
         version = self.meta("format_version")
         if type(version) is not int or version < 1:
@@ -228,6 +228,7 @@ class Store(Contents):
         place = tables.literal(str(part.absolute()))
         version = CONNECT_CONFIG["storage_compatibility_version"]
         with (
+            errors_translated(self.path),
             copy_errors_translated(target),
             self._settings(force_compression="auto"),
             closing(self.cursor()) as cursor,

@@ -22,6 +22,7 @@ from semid_index.coder import Coder
 from semid_index.codes import CodeLayout, format_id, unpack
 from semid_index.collisions import Digit, Share, own_quantizer
 from semid_index.database import Snapshot
+from semid_index.errors import IndexClosedError, IndexLockedError
 from semid_index.incoming import unusable_rows
 from semid_index.items import check_count
 from semid_index.macros import NAMES
@@ -78,6 +79,8 @@ def _carried_out(name: str, check: Callable[[_Contents], _Found], index: _Conten
         found = check(index)
     except _CannotTell as reason:
         return Check(name, "skipped", str(reason), 0)
+    except (IndexClosedError, IndexLockedError):  # which says nothing of the file
+        raise
     except Exception as error:  # whatever comes of a damaged file
         said = (str(error).strip().splitlines() or ["no reason given"])[0]
         return Check(name, "failed", f"cannot be checked: {type(error).__name__}: {said}", 0)
