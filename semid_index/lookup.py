@@ -249,7 +249,8 @@ def centroid_scorer(
     centroids: list[Vectors] = []
     for start, end in zip(leaves.starts[:-1], leaves.starts[1:], strict=True):
         positions = np.unique(np.linspace(start, end - 1, min(per_leaf, end - start)).astype(np.int64))
-        centroids.append(decode_positions(positions).mean(axis=0))
+        decoded = decode_positions(positions)
+        centroids.append(decoded.sum(axis=0) / max(len(decoded), 1))  # of no items, as an empty index has them: zeros
     words = np.array(centroids, dtype=np.float32)
     return LeafScorer(words, ((None, np.arange(len(leaves), dtype=np.intp)),), *_constants(words, metric))
 

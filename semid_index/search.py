@@ -220,7 +220,7 @@ def search(
     k = min(int(request.k), sum(map(len, parts)))
     blocks: list[_Hits] = []
     natively = all(_native_scan(part) for part in parts if len(part))
-    for block in _blocks(request, k, clock, _NATIVE_BLOCK if natively else _BLOCK) if k else ():
+    for block in _blocks(request, parts, k, clock, _NATIVE_BLOCK if natively else _BLOCK) if k else ():
         queries, lengths = request.queries[block], None
         if parts[0].state.config.metric == "cosine":
             if natively:  # divided by them there, each by the thread that searches for it
@@ -262,9 +262,10 @@ def search_one(
     return one.search(snapshot, queries[0], math.sqrt(square) if cosine else 1.0, single, started)
 
 
-def _blocks(request: SearchRequest, k: int, clock: _Clock, most: int) -> Iterator[slice]:
+def _blocks(request: SearchRequest, parts: list[_Part], k: int, clock: _Clock, most: int) -> Iterator[slice]:
     """The queries, block by block: few at once if each has many candidates, or if a block must not take long."""
-    most = max(1, min(most, _BLOCK_CANDIDATES // max(k, int(request.rerank or _RERANK_PER_HIT * k))))
+    candidates = min(int(request.rerank or _RERANK_PER_HIT * k), sum(map(len, parts)))
+    most = max(1, min(most, _BLOCK_CANDIDATES // max(k, candidates)))
     size = most if request.timeout is None else min(most, _FIRST_TIMED_BLOCK)
     start = 0
     while start < len(request.queries):
@@ -390,7 +391,7 @@ def _search_in_steps(part: _Part, request: SearchRequest, queries: Vectors, k: i
             state.leaves.sizes if matches is None else matches.counts,
             at_least=k,
             budget=plan.budget,
-            probes=request.probes,
+            probes=_probes(state, request),
             threads=_threads(request),
         )
     if plan.way == "matches" and matches is not None:
@@ -410,7 +411,7 @@ def _search_in_steps(part: _Part, request: SearchRequest, queries: Vectors, k: i
 
 
 def _threads(request: SearchRequest) -> int:
-    return request.threads or (cores() if len(request.queries) > 1 else 1)
+    return min(int(request.threads or cores()), len(request.queries))
 
 
 def _search_natively(
@@ -430,7 +431,7 @@ def _search_natively(
         k,
         rerank=rerank,
         budget=part.plan.budget,
-        probes=request.probes,
+        probes=_probes(part.state, request),
         matches=part.matches,
         shown=_SHOWN_PROBES if request.single else 0,
         threads=_threads(request),
@@ -498,7 +499,7 @@ class _OneQuery:
             k,
             rerank=_rerank(part.state, request, k),
             budget=part.plan.budget,
-            probes=request.probes,
+            probes=_probes(part.state, request),
             matches=part.matches,
         )
         return None if scan is None else cls(part, request, scan, executor.leaf_distances)
@@ -571,12 +572,19 @@ def _scan(
 
 
 def _rerank(state: SearchState, request: SearchRequest, k: int) -> int:
-    """Candidates to compute exact distances for."""
+    """Candidates to compute exact distances for; at most all items, for memory is made for so many."""
     if request.rerank:
-        return max(int(request.rerank), k)
-    if isinstance(state.executor, VectorListExecutor):  # which scans vectors, and not codes
-        return max(candidates_for(k, state.executor.precision), k)
-    return default_rerank(k, state.config.metric)
+        wanted = max(int(request.rerank), k)
+    elif isinstance(state.executor, VectorListExecutor):  # which scans vectors, and not codes
+        wanted = max(candidates_for(k, state.executor.precision), k)
+    else:
+        wanted = default_rerank(k, state.config.metric)
+    return min(wanted, len(state))
+
+
+def _probes(state: SearchState, request: SearchRequest) -> int | None:
+    """Leaves to open, if that was asked for: at most all."""
+    return None if request.probes is None else min(int(request.probes), len(state.leaves))
 
 
 def _scan_and_check(

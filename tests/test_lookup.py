@@ -308,6 +308,12 @@ def test_a_centroid_is_the_mean_of_at_most_so_many_items_of_its_leaf():
     assert len(asked) == 2
 
 
+def test_the_leaf_of_an_empty_index_has_a_score_too():
+    points = np.empty((0, 3), dtype=np.float32)
+    scorer = centroid_scorer(whole_index(0, CodeLayout((16, 16))), lambda positions: points[positions], "l2")
+    np.testing.assert_array_equal(scorer.scores(scorer.table(np.ones((2, 3), dtype=np.float32))), np.zeros((2, 1)))
+
+
 def test_matches_are_counted_leaf_by_leaf():
     leaves = Leaves(CodeLayout((4,)), np.array([0, 1, 2]), np.array([2, 2, 2]), np.array([0, 3, 5, 9]))
     matches = Matches.among(leaves, np.array([0, 1, 1, 0, 0, 1, 0, 0, 1], dtype=bool))

@@ -5,13 +5,14 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import semid_index as semid
-from semid_index import doctor, metrics, native
+from semid_index import doctor, metrics, native, scan
 from semid_index.codes import CodeLayout, pack, pack_rest
 from semid_index.contents import StoredCodes
 from semid_index.lookup import Probes, additive_scorer, choose_probes, make_leaves, whole_index
@@ -224,6 +225,32 @@ def test_the_scan_ranks_as_what_its_codes_stand_for(clustered, kernel):
     assert np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(estimates, truth, strict=True)]) > 0.5
 
 
+@pytest.mark.parametrize(("n", "dim", "exact"), [(300, 40, 400), (300, 700, 400), (300, 700, 200), (700, 300, 200)])
+def test_directions_are_those_in_which_vectors_differ_most(clustered, monkeypatch, n, dim, exact):
+    """More vectors than dimensions or fewer, all eigenvectors or nearly those of the largest eigenvalues."""
+    monkeypatch.setattr(scan, "_EXACT_EIGENVECTORS", exact)
+    rows = clustered(n, dim) - clustered(n, dim).mean(axis=0)
+    found = scan._directions(rows, 30)
+    np.testing.assert_allclose(found.T @ found, np.eye(30), atol=1e-6)
+    most = np.square(np.linalg.svd(rows, compute_uv=False)[:30]).sum()
+    assert np.square(rows @ found).sum() == pytest.approx(most, rel=1e-5 if min(n, dim) <= exact else 2e-3)
+    alike = scan._directions(rows[np.arange(n) % 3], 30)
+    np.testing.assert_allclose(alike.T @ alike, np.eye(30), atol=1e-6, err_msg="also where most directions are empty")
+
+
+@pytest.mark.parametrize("scale", [2.0**58, 2.0**-70])  # whose squares float32 does not hold, or hardly
+def test_the_space_does_not_depend_on_the_scale(clustered, kernel, scale):
+    data, _ = scan_data(clustered, "l2", sizes=(16,))
+    words = scan.words_of(data)
+    rows = data.vectors.take(slice(0, 3_000))
+
+    def space(factor):
+        scaled = MemoryVectors(rows * np.float32(factor), None, "l2")
+        return scan._learn_space(data, scaled, replace(words, words=words.words * np.float32(factor)), threads=1)
+
+    np.testing.assert_array_equal(space(scale).rotation, space(1).rotation)
+
+
 def test_few_items_many_wanted(clustered, kernel):
     data, scorer = scan_data(clustered, "l2", n=300, leaf_size=10)
     executor = NativeExecutor(data, data.vectors, scorer)
@@ -319,6 +346,43 @@ def test_codes_and_codewords_are_those_of_numpy(kernel, parts, width):
             mine = points[nearest[:, part] == word, part]
             expected = mine.mean(axis=0) if len(mine) else codebooks[part, word]
             np.testing.assert_allclose(trained[part, word], expected, atol=1e-5)
+
+
+LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from semid_index.native import NativeIndex, ScanParts
+
+n, threads = 400_000, int(sys.argv[1])
+one, nothing = np.ones((1, 2), dtype=np.float32), np.empty(0, dtype=np.int32)
+parts = ScanParts(
+    "l2", np.array([0, n]), one, np.zeros((1, 1), dtype=np.int32), 0, one[0, :1], None, one[0, :1],
+    np.arange(32, dtype=np.float32).reshape(1, 16, 2), np.zeros((n, 1), dtype=np.uint8), None, None,
+    np.empty((n, 0), dtype=np.uint8), nothing, nothing, None, -2.0,
+)
+index = NativeIndex(parts, 1, np.arange(n, dtype=np.float32)[:, None], None)
+queries = np.arange(64, dtype=np.float32)[:, None]
+few = index.search(queries, k=3, keep=9, goal=n, threads=threads).positions
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (12 << 20), limit[1]))
+try:
+    index.search(queries, k=3, keep=n, goal=n, threads=threads)  # each thread needs 19 MB
+except MemoryError as error:
+    print(type(error).__name__)
+resource.setrlimit(resource.RLIMIT_AS, limit)
+print(np.array_equal(index.search(queries, k=3, keep=9, goal=n, threads=threads).positions, few))
+"""
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_search_that_memory_is_too_short_for_says_so(run_python, threads):
+    """In the thread that asks, and in those that help it; the next search finds the same again."""
+    printed = run_python(LITTLE_MEMORY, threads)
+    assert printed.split() == ["MemoryError", "True"]
 
 
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])

@@ -1,6 +1,8 @@
 """The steps of a search and what its trace says of them; hits themselves are compared in test_flow."""
 
+import copy
 import gc
+import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,8 +24,12 @@ def vectors():
 
 
 @pytest.fixture(scope="module")
-def index(vectors, tmp_path_factory):
-    path = tmp_path_factory.mktemp("search") / "index.duckdb"
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("search") / "index.duckdb"
+
+
+@pytest.fixture(scope="module")
+def index(vectors, path):
     with semid.create(path, dim=16, levels=3, codebook_size=32) as index:
         index.train(vectors)
         index.add(vectors, metadata={"number": np.arange(len(vectors)), "parity": np.arange(len(vectors)) % 2})
@@ -43,6 +49,26 @@ def test_more_probes_find_more_until_all_is_found(index, vectors):
     assert found[0] < 0.9
     assert found[-1] > 0.999
     assert recall(index.search(queries, 10), truth) > 0.95, "what the defaults promise"
+
+
+@pytest.mark.parametrize("asked", [2**40, 2**64])  # more than memory holds, more than 64 bits hold
+@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.parametrize("vectors_in", ["memory", "file"])
+def test_more_than_there_is_means_all_there_is(index, path, vectors, monkeypatch, asked, native, vectors_in):
+    """Then every item is compared, as the oracle does it."""
+    monkeypatch.setenv("SEMID_NATIVE", native)
+    queries, odd = vectors[:20] + np.float32(0.1), np.arange(1, 20_000, 2)
+    everything = {"probes": asked, "rerank": asked}
+    with semid.open(path, vectors_in=vectors_in) as opened:
+        rows, distances = exact_search(queries, vectors, 5, "l2")
+        hits = opened.search(queries, 5, **everything)
+        assert np.array_equal(hits.ids, rows)
+        np.testing.assert_allclose(hits.distances, distances, rtol=1e-3)
+        assert hits.trace.reranked == hits.trace.candidates == 20_000
+        assert np.array_equal(opened.search(queries[0], 5, **everything).ids, rows[0])
+        rows = odd[exact_search(queries, vectors[odd], 5, "l2")[0]]
+        assert np.array_equal(opened.search(queries, 5, where="parity = 1", **everything).ids, rows)
+        assert len(opened.search(queries[0], asked)) == 20_000
 
 
 def test_the_trace_counts_what_was_done(index, vectors):
@@ -225,6 +251,41 @@ def test_results_unpack_and_convert(index, vectors):
     assert table["semantic_id"].to_pylist() == np.concatenate(batch.semantic_ids).tolist()
     assert batch.to_pandas()["id"].tolist() == np.concatenate(batch.ids).tolist()
     assert np.array_equal(np.concatenate(batch.scores), -np.concatenate(batch.distances))
+
+
+def test_results_without_hits_have_the_types_of_those_with(vectors, tmp_path):
+    for ids in (range(50), [f"item {n}" for n in range(50)]):
+        with semid.create(dim=16, levels=2, codebook_size=16) as index:
+            index.train(vectors)
+            index.add(vectors[:50], ids=ids)
+            schema = index.search(vectors[:2], k=4).to_arrow().schema
+            assert index.search(vectors[:2], k=4, where="id IS NULL").to_arrow().schema == schema
+
+
+@pytest.mark.parametrize("options", [{}, {"exact": True}, {"where": "id >= 0"}])
+def test_results_leave_the_process(index, vectors, options):
+    for result in (
+        index.search(vectors[5], k=4, **options),
+        index.search(vectors[:3], k=4, **options),
+        index.similar(5, k=4, **options),
+    ):
+        for copied in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
+            assert copied.to_arrow() == result.to_arrow()
+            assert copied.trace == result.trace
+            assert copied.trace.probes == result.trace.probes
+            assert len(copied) == len(result)
+
+
+def test_an_index_does_not_leave_the_process(index):
+    for leave in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"cannot be pickled or copied.*semid_index\.open\(path"):
+            leave(index)
+
+
+def test_as_many_are_reranked_as_similar_items_are_asked_for(index):
+    assert len(index.similar(5, k=10, rerank=10)) == 10
+    with pytest.raises(InvalidArgumentError, match="rerank=9 candidates cannot give k=10 hits"):
+        index.similar(5, k=10, rerank=9)
 
 
 @pytest.mark.parametrize(

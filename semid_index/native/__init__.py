@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 LIBRARY = Path(__file__).parent / "libsemid_scan.so"
 KERNELS = ("plain", "avx2", "avx512")
-_ABI = 4
+_ABI = 5
 _DTYPES = {"float32": 1, "float16": 2, "int8": 3}
 _METRICS = {"l2": 0, "cosine": 1, "ip": 2}
 _PANEL = 32  # columns side by side in a packed matrix
@@ -126,7 +126,7 @@ def _load() -> ctypes.CDLL | str:
         library.semid_free.restype, library.semid_free.argtypes = None, [_Pointer]
         library.semid_bytes.restype, library.semid_bytes.argtypes = _Int64, [_Pointer]
         library.semid_search.restype, library.semid_search.argtypes = _Int32, [_Pointer, _Pointer]
-        library.semid_multiply.restype = None
+        library.semid_multiply.restype = _Int32
         library.semid_multiply.argtypes = [_Pointer, _Int64, _Int32, _Pointer, _Int64, _Pointer, _Int32, _Int32]
         library.semid_columns.restype, library.semid_columns.argtypes = None, [_Pointer, _Pointer, _Int64, _Pointer]
         library.semid_sum_words.restype = None
@@ -332,7 +332,8 @@ class Multiplier:
         rows = np.ascontiguousarray(rows, dtype=np.float32)
         found = np.empty((len(rows), columns), dtype=np.float32) if out is None else out
         places = _pointer(rows), len(rows), dim, _pointer(self._packed), columns, _pointer(found)
-        _loaded().semid_multiply(*places, self._threads, _asked_isa())
+        if _loaded().semid_multiply(*places, self._threads, _asked_isa()):
+            raise MemoryError("There is not enough memory to multiply vectors.")
         return found
 
 

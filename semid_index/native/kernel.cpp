@@ -33,7 +33,7 @@ void* allocate(size_t bytes) {
     made = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   else if (posix_memalign(&made, 64, bytes))
     made = MAP_FAILED;
-  if (made == MAP_FAILED) std::abort();
+  if (made == MAP_FAILED) out_of_memory();
   return made;
 }
 
@@ -906,7 +906,8 @@ size_t route(const Index& index, const Request& request, int64_t q, const float*
     }
     std::sort(leaves + std::min<int64_t>(kFirst, held.leaves), leaves + held.leaves, Less{});
   } else {
-    const Amount needed{std::min(request.goal, index.items), std::max<int64_t>(request.least_leaves, 1)};
+    const int64_t leaves = std::min<int64_t>(request.least_leaves, index.leaves);
+    const Amount needed{std::min(request.goal, index.items), std::max<int64_t>(leaves, 1)};
     held = choose_leaves(index, products, counts, group_counts, needed, scratch);
   }
   const size_t count = static_cast<size_t>(held.leaves);
@@ -994,7 +995,8 @@ constexpr size_t kTransformed = 8 * kRows;  // queries whose products are made t
 int64_t search_together(const Index& index, const Request& request, int64_t first, int64_t last, Scratch& scratch,
                         double* seconds) {
   const int32_t* counts = request.counts ? request.counts : index.leaf_sizes;
-  const size_t keep = static_cast<size_t>(request.keep), room = Best::room(keep), bytes = (table_bytes(index) + 63) / 64 * 64;
+  const size_t keep = static_cast<size_t>(std::min(request.keep, index.items)), room = Best::room(keep);
+  const size_t bytes = (table_bytes(index) + 63) / 64 * 64;
   const size_t fitting = kTogetherBytes / (room * sizeof(Found) + bytes) + 1;
   const size_t most = std::min(std::min(kTogether, fitting), static_cast<size_t>(last - first));
   Found* found = scratch.found.room(most * room);

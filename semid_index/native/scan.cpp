@@ -8,8 +8,8 @@
 #include <limits>
 #include <map>
 #include <exception>
+#include <memory>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -31,6 +31,8 @@ struct semid::Tiles {
   int64_t count, threads;
   std::atomic<int64_t> taken{0};
 };
+
+void semid::out_of_memory() { throw std::bad_alloc(); }
 
 // Large ones first, for queries scanned together help each other; small ones at last, so that threads end together.
 bool semid::next_tile(Tiles& tiles, int64_t& first, int64_t& last) {
@@ -68,16 +70,28 @@ const Kernel& kernel(int32_t isa) {
   return kernel_plain;
 }
 
-// Calls work(thread) in so many threads, one of them that of the caller.
+// Calls work(thread) in so many threads, one of them that of the caller. What one of them throws, this throws when all
+// have ended.
 template <typename Work>
 void in_threads(size_t threads, Work work) {
+  std::vector<std::exception_ptr> problems(threads);
+  auto guarded = [&](size_t t) {
+    try {
+      work(t);
+    } catch (...) {
+      problems[t] = std::current_exception();
+    }
+  };
   std::vector<std::thread> others;
+  others.reserve(threads);
   try {
-    for (size_t t = 1; t < threads; t++) others.emplace_back(work, t);
-  } catch (const std::system_error&) {  // the system gives no more threads: those there are do it
+    for (size_t t = 1; t < threads; t++) others.emplace_back(guarded, t);
+  } catch (const std::exception&) {  // the system gives no more threads, or no memory for one: those there are do it
   }
-  work(size_t{0});
+  guarded(0);
   for (std::thread& other : others) other.join();
+  for (const std::exception_ptr& problem : problems)
+    if (problem) std::rethrow_exception(problem);
 }
 
 // Calls work(first, last) for tiles of all numbers below `count`, on so many threads.
@@ -184,7 +198,7 @@ static void take_terms(Owner& owner, const semid_parts& from) {
   index.further_count = static_cast<int32_t>(owner.further.size());
 }
 
-SEMID_API int32_t semid_abi() { return 4; }
+SEMID_API int32_t semid_abi() { return 5; }
 
 // 0 plain, 1 AVX2, 2 AVX-512
 SEMID_API int32_t semid_best_isa() { return best_isa(); }
@@ -199,7 +213,7 @@ SEMID_API int64_t semid_bytes(const void* handle) {
 
 // A handle, or null when memory is short or there are too many words.
 SEMID_API void* semid_new(const semid_parts* from) try {
-  Owner* owner = new Owner;
+  auto owner = std::make_unique<Owner>();
   Index& index = owner->index;
   index.items = from->items;
   index.metric = from->metric;
@@ -251,10 +265,7 @@ SEMID_API void* semid_new(const semid_parts* from) try {
   index.block_bytes = offset;
   void* blocks = nullptr;
   const size_t aligned = offset < kHugePage ? 64 : kHugePage;  // pages of 2 MB spare the search most address look-ups
-  if (posix_memalign(&blocks, aligned, static_cast<size_t>(offset ? offset : 64))) {
-    delete owner;
-    return nullptr;
-  }
+  if (posix_memalign(&blocks, aligned, static_cast<size_t>(offset ? offset : 64))) return nullptr;
 #ifdef MADV_HUGEPAGE
   if (aligned == kHugePage) madvise(blocks, static_cast<size_t>(offset), MADV_HUGEPAGE);
 #endif
@@ -288,7 +299,7 @@ SEMID_API void* semid_new(const semid_parts* from) try {
       std::memcpy(block + (index.rows + index.heads) * kBlock + 2 * place, &scalar, 2);
     }
   }
-  return owner;
+  return owner.release();
 } catch (const std::exception&) {
   return nullptr;
 }
@@ -308,17 +319,20 @@ SEMID_API int32_t semid_search(const void* handle, const Request* request) try {
   for (const auto& part : seconds)
     for (size_t i = 0; i < 3; i++) request->seconds[i] += part[i];
   return 0;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return 1;
 }
 
-// See Multiplication.
-SEMID_API void semid_multiply(const float* rows, int64_t count, int32_t dim, const float* packed, int64_t columns,
-                              float* products, int32_t threads, int32_t isa) {
+// See Multiplication. 0, or 1 when memory is short.
+SEMID_API int32_t semid_multiply(const float* rows, int64_t count, int32_t dim, const float* packed, int64_t columns,
+                                 float* products, int32_t threads, int32_t isa) try {
   const Kernel& chosen = kernel(isa);
   in_tiles(count, kRowsTogether, threads, [&](int64_t first, int64_t last) {
     chosen.multiply({last - first, dim, rows + first * dim, packed, columns, products + first * columns});
   });
+  return 0;
+} catch (const std::exception&) {
+  return 1;
 }
 
 // The words of some items: (count, heads + 1) columns of the products; no first one if the scan reads no first codes.
@@ -354,7 +368,7 @@ SEMID_API int32_t semid_encode(const Encoding* encoding, int32_t threads, int32_
   in_tiles(encoding->items, 1024, threads,
            [&](int64_t first, int64_t last) { chosen.encode(*encoding, first, last); });
   return 0;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return 1;
 }
 
@@ -362,7 +376,7 @@ SEMID_API int32_t semid_train(const Training* training, int32_t threads, int32_t
   const Kernel& chosen = kernel(isa);
   in_tiles(training->parts, 1, threads, [&](int64_t first, int64_t last) { chosen.train(*training, first, last); });
   return 0;
-} catch (const std::bad_alloc&) {
+} catch (const std::exception&) {
   return 1;
 }
 

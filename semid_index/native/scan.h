@@ -102,6 +102,9 @@ struct Request {
   int32_t isa;  // -1: the best; else 0 plain, 1 AVX2, 2 AVX-512
 };
 
+// Throws std::bad_alloc. It is in scan.cpp, for kernels must not contain functions of the standard library.
+[[noreturn]] void out_of_memory();
+
 // Queries that threads share among themselves: each takes some, until there are none left.
 struct Tiles;
 bool next_tile(Tiles& tiles, int64_t& first, int64_t& last);
