@@ -41,6 +41,7 @@ Distances = NDArray[np.float32]
 
 _GATHER_BYTES = 16 << 20  # candidates' vectors copied together at once
 _FEW_QUERIES = 8  # for up to so many, vectors are compared where they are, and not copied together first
+_FEW_FOR_ALL = 4  # the same where all vectors are compared, of which no copy is needed
 _TAKEN_BYTES = 64 << 20  # candidates' vectors fetched or decoded together at once
 _EXACT_BLOCK = 65_536  # stored vectors compared at once by brute force
 _LIST_BYTES = 64 << 20  # matching vectors copied together at once, to be scanned for many queries
@@ -109,20 +110,16 @@ class VectorsByPosition(ABC):
         for start in range(0, count, _EXACT_BLOCK):
             between()
             block = slice(start, min(start + _EXACT_BLOCK, count))
-            if allowed is None:
-                rows, distances = _nearest_in_block(queries, self.take(block), k, self.metric)
-                found = rows + start
-            else:
-                found, distances = self._nearest_of(queries, allowed[block], k)
+            found, distances = self._nearest_of(queries, block if allowed is None else allowed[block], k)
             best_positions = np.concatenate([best_positions, found], axis=1)
             best_distances = np.concatenate([best_distances, distances], axis=1)
             best_positions, best_distances = smallest(best_positions, best_distances, k)
         return best_positions, best_distances
 
-    def _nearest_of(self, queries: Vectors, positions: Positions, k: int) -> tuple[Positions, Distances]:
+    def _nearest_of(self, queries: Vectors, positions: Positions | slice, k: int) -> tuple[Positions, Distances]:
         """The k nearest of the vectors at some positions, in order."""
-        rows, distances = _nearest_in_block(queries, self.take(positions), k, self.metric)
-        return positions[rows], distances
+        rows, distances = metrics.exact_search(queries, self.take(positions), k, self.metric)
+        return rows + positions.start if isinstance(positions, slice) else positions[rows], distances
 
 
 class MemoryVectors(VectorsByPosition):
@@ -186,10 +183,13 @@ class MemoryVectors(VectorsByPosition):
         found[positions < 0] = np.inf
         return np.maximum(found, 0) if self.metric == "cosine" else found
 
-    def _nearest_of(self, queries: Vectors, positions: Positions, k: int) -> tuple[Positions, Distances]:
-        """As the parent's; for a few queries copying the vectors would take longer than comparing them."""
-        if len(queries) > _FEW_QUERIES or self._vectors.dtype != np.float32 or not faiss_works():
+    def _nearest_of(self, queries: Vectors, positions: Positions | slice, k: int) -> tuple[Positions, Distances]:
+        """As the parent's; for a few queries copying or multiplying vectors would take longer than comparing them."""
+        few = _FEW_FOR_ALL if isinstance(positions, slice) else _FEW_QUERIES
+        if len(queries) > few or self._vectors.dtype != np.float32 or not faiss_works():
             return super()._nearest_of(queries, positions, k)
+        if isinstance(positions, slice):
+            positions = np.arange(positions.start, positions.stop)
         distances = self.distances(queries, np.broadcast_to(positions, (len(queries), len(positions))))
         columns = metrics.smallest_columns(distances, min(k, len(positions)))
         return positions[columns], np.take_along_axis(distances, columns, axis=1)
@@ -350,7 +350,7 @@ class ScanData:
 
 
 class Executor(Protocol):
-    """Scans the items of probed leaves. Offer your own by the hook ``semid_register_executors``."""
+    """Scans the items of probed leaves. Those that ``semid_register_executors`` offers are listed, not used yet."""
 
     name: str
     exact: bool
@@ -389,7 +389,7 @@ class FaissTailExecutor:
         faiss = import_faiss()
         if data.tail is None:
             raise ValueError("FaissTailExecutor needs tail codes.")
-        self._faiss = faiss
+        self._faiss, self._leaves = faiss, data.leaves
         self._dim = data.tail.padded_dim
         metric = faiss.METRIC_INNER_PRODUCT if data.metric == "ip" else faiss.METRIC_L2
         self._no_centroids = faiss.IndexFlat(self._dim, metric)  # leaves are chosen by the look-up, not by FAISS
@@ -409,7 +409,22 @@ class FaissTailExecutor:
 
     def search(self, queries: Vectors, probes: Probes, k: int) -> tuple[Distances, Positions]:
         """See :class:`Executor`."""
-        return search_lists(self._index, pad(queries, self._dim), probes, k)
+        distances, positions = search_lists(self._index, pad(queries, self._dim), probes, k)
+        self._fill(positions, probes)
+        return distances, positions
+
+    def _fill(self, positions: Positions, probes: Probes) -> None:
+        """Put items that FAISS left out where a row has room for them.
+
+        FastScan rounds inner products to whole numbers from 0 on, and keeps none that is 0: the farthest items.
+        """
+        opened = np.where(probes.leaves >= 0, self._leaves.sizes[probes.leaves], 0).sum(axis=1)
+        short = np.count_nonzero(positions >= 0, axis=1) < np.minimum(opened, positions.shape[1])
+        rows = np.flatnonzero(short)
+        for row, candidates in zip(rows, candidates_of(self._leaves, probes.of(rows)), strict=True):
+            empty = np.flatnonzero(positions[row] < 0)
+            left_out = np.setdiff1d(candidates, positions[row])[: len(empty)]
+            positions[row, empty[: len(left_out)]] = left_out
 
 
 class FaissCodeExecutor:
@@ -606,15 +621,3 @@ def _ranges(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Positions:
     offsets = np.repeat(starts - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
     positions: Positions = np.arange(lengths.sum()) + offsets
     return positions
-
-
-def _nearest_in_block(queries: Vectors, vectors: Vectors, k: int, metric: Metric) -> tuple[Positions, Distances]:
-    """The k nearest of some vectors: candidates by fast matrix products, then their distances without cancellation."""
-    rows, distances = metrics.exact_search(queries, vectors, k, metric)
-    if metric != "l2" or not rows.size:
-        return rows, distances
-    tile = max(1, _GATHER_BYTES // max(1, rows.shape[1] * vectors.shape[1] * 4))
-    for start in range(0, len(queries), tile):
-        part = slice(start, start + tile)
-        distances[part] = metrics.paired_distances(queries[part], vectors[rows[part]], metric)
-    return rows, distances

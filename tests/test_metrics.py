@@ -150,6 +150,54 @@ def test_ties_go_to_the_lower_row(metric, k):
     assert np.array_equal(rows, sorted_neighbours(queries, vectors, k, metric))
 
 
+def far_from_zero(kind, n, dim):
+    """Vectors that are near to each other for how far from zero they lie, and queries among them."""
+    random = np.random.default_rng(n + dim)
+    vectors = random.standard_normal((n, dim))
+    if kind == "metres on a map":
+        vectors = [500_000, 5_000_000] + 50_000 * vectors
+    elif kind == "two heaps":
+        vectors += np.where(random.integers(2, size=n)[:, None], 1e5, -1e5)
+    else:
+        vectors += kind
+    return vectors[:20] + 0.01 * random.standard_normal((20, dim)), vectors
+
+
+@pytest.mark.parametrize("queries_at_once", [1, 20])
+@pytest.mark.parametrize(
+    ("kind", "dim"),
+    [(100, 32), (1_000, 384), (10_000, 32), (1e6, 8), (1e18, 4), ("two heaps", 16), ("metres on a map", 2)],
+)
+def test_exact_search_far_from_zero(kind, dim, queries_at_once):
+    """|q|^2 - 2 q.x + |x|^2 has no digit left of these distances: the nearest have to be found by differences."""
+    queries, vectors = (array.astype(np.float32) for array in far_from_zero(kind, 2_000, dim))
+    truth = in_double(queries, vectors, "l2")
+    for start in range(0, len(queries), queries_at_once):
+        part = slice(start, start + queries_at_once)
+        rows, found = exact_search(queries[part], vectors, 10, "l2")
+        nearest = np.sort(truth[part], axis=1)[:, :10]
+        np.testing.assert_allclose(np.take_along_axis(truth[part], rows, axis=1), nearest, rtol=1e-6)
+        np.testing.assert_allclose(found, nearest, rtol=1e-6)
+        assert all(len(set(row)) == 10 for row in rows.tolist())
+
+
+def test_exact_search_when_all_are_in_doubt():
+    """Queries that are so far away that products tell nothing, and vectors that are all equal: as by differences."""
+    vectors = _gaussian(300, 8)
+    vectors[100:200] = vectors[100]
+    for queries in (1e7 * _gaussian(5, 8, seed=1), np.repeat(vectors[100:101], 3, axis=0)):
+        rows, found = exact_search(queries, vectors, 120, "l2")
+        expected = paired_distances(queries, np.broadcast_to(vectors, (len(queries), 300, 8)), "l2")
+        assert np.array_equal(rows, np.argsort(expected, axis=1, kind="stable")[:, :120])
+        assert np.array_equal(found, np.sort(expected, axis=1)[:, :120])
+
+
+def test_distances_far_from_zero():
+    """Moved to zero, vectors at 10,000 have the distances that they would have there."""
+    queries, vectors = (array.astype(np.float32) for array in far_from_zero(10_000, 200, 32))
+    np.testing.assert_allclose(distances(queries, vectors, "l2"), in_double(queries, vectors, "l2"), atol=0.01)
+
+
 def test_no_neighbours():
     queries = _gaussian(3, 4)
     for vectors, k in ((_gaussian(0, 4), 5), (_gaussian(10, 4), 0)):

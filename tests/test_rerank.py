@@ -94,6 +94,34 @@ def test_faiss_tail_scans_the_same_candidates_as_numpy(metric):
     assert (ours == oracle).mean() > 0.999  # ties aside
 
 
+@pytest.mark.parametrize("dim", [1, 4])
+def test_faiss_tail_leaves_out_no_item_whose_product_is_small(dim):
+    """FAISS keeps none whose inner product it rounds to 0, and none at all for a query that is 0."""
+    data, _, queries, probes = scan_data("ip", dim=dim)
+    queries[0] = 0
+    everything = int(probes.candidates.max())
+    for k in (everything, everything // 2):
+        _, positions = FaissTailExecutor(data).search(queries, probes, k)
+        for i in range(len(queries)):
+            found = positions[i][positions[i] >= 0]
+            assert len(set(found)) == len(found) == min(k, probes.candidates[i])
+            assert set(found) <= set(candidates(data, probes, i))
+
+
+@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.parametrize("items", [20, 200, 600])
+def test_under_ip_all_items_are_hits_when_all_are_asked_for(items, native, monkeypatch):
+    monkeypatch.setenv("SEMID_NATIVE", native)
+    vectors = clustered(700, 2, 7)
+    with semid.create(dim=2, metric="ip", levels=2, codebook_size=8) as index:
+        index.train(vectors)
+        index.add(vectors[:items])
+        hits = index.search(vectors[600:], items)
+    for query, ids, near in zip(vectors[600:], hits.ids, hits.distances, strict=True):
+        assert sorted(ids) == list(range(items))
+        np.testing.assert_allclose(near, np.sort(-(vectors[:items] @ query)), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
 @pytest.mark.parametrize(("levels", "size"), [(3, 16), (3, [16, 5, 300]), (9, 256)])
 def test_faiss_codes_are_the_distances_to_decoded_vectors(metric, levels, size):
@@ -142,6 +170,28 @@ def test_stored_vectors_give_duckdbs_distances(metric, tier, tmp_path):
             ).fetchall()
             assert hits.distances[i][7] == pytest.approx(rows[0][0], rel=1e-4, abs=1e-5)
             assert sorted(hits.ids[i]) == list(range(300))
+
+
+@pytest.mark.parametrize("place", ["memory", "file"])
+@pytest.mark.parametrize("tier", ["float32", "float16", "int8"])
+def test_exact_search_is_brute_force_far_from_zero(tier, place, tmp_path, monkeypatch):
+    """In several blocks, for one query and for many, with and without a filter."""
+    monkeypatch.setattr(rerank, "_EXACT_BLOCK", 700)
+    vectors = clustered(1_500, 8, 2) + np.float32(2_000)
+    queries = vectors[:20] + np.float32(0.01)
+    with semid.create(tmp_path / "x.duckdb", dim=8, levels=2, codebook_size=8, vectors=tier) as index:
+        index.train(vectors)
+        index.add(vectors)
+    with semid.open(tmp_path / "x.duckdb", vectors_in=place) as index:
+        stored = np.array(index.get(list(range(1_500)), vectors=True)["vector"].to_pylist())
+        truth = np.sqrt(np.square(queries[:, None].astype(np.float64) - stored).sum(axis=2))
+        for where, mine in ((None, truth), ("id >= 100", truth[:, 100:])):
+            nearest = np.sort(mine, axis=1)[:, :10]
+            many = index.search(queries, 10, exact=True, where=where)
+            np.testing.assert_allclose(np.array(many.distances), nearest, rtol=1e-5)
+            np.testing.assert_allclose(np.take_along_axis(truth, np.array(many.ids), axis=1), nearest, rtol=1e-5)
+            one = index.search(queries[0], 10, exact=True, where=where)
+            np.testing.assert_allclose(truth[0, one.ids], nearest[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("tier", ["float32", "float16", "int8", "none"])
