@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -23,6 +24,8 @@ from semid_index.records import CollisionCounts, Uniqueness
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_TEXT_LISTS = re.compile(r"VARCHAR(?P<lists>(\[\d*\])+)")  # the type of lists of text, or of lists of such lists
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,7 @@ class Appending:
             new = " ANTI JOIN items USING (id)" if self._replacing else ""
             run_over(self._cursor, pa.table({"id": batch.ids}), f"INSERT INTO items (id) SELECT id FROM batch{new}")
             return
-        table = batch.metadata.add_column(0, "id", batch.ids)
+        table = _with_types(batch.metadata).add_column(0, "id", batch.ids)
         insert = "INSERT INTO items BY NAME SELECT * FROM batch"
         if self._replacing:
             names = [tables.quoted(name) for name in batch.metadata.column_names]
@@ -267,21 +270,29 @@ class Appending:
         """Make ``items`` take the columns of some metadata: add those that are new, check those that are not."""
         import pyarrow as pa
 
-        known = {name.lower(): sql_type for name, sql_type, *_ in self._cursor.execute("DESCRIBE items").fetchall()}
-        for name, sql_type, *_ in run_over(self._cursor, table, "DESCRIBE SELECT * FROM batch"):
+        described = self._cursor.execute("DESCRIBE items").fetchall()
+        known = {tables.name_key(name): sql_type for name, sql_type, *_ in described}
+        for name, given, *_ in run_over(self._cursor, table, "DESCRIBE SELECT * FROM batch"):
             all_missing = pa.types.is_null(table.schema.field(name).type)
-            column = tables.quoted(name)
-            if name.lower() not in known:
-                new_type = "VARCHAR" if all_missing else sql_type
-                self._cursor.execute(f"ALTER TABLE items ADD COLUMN {column} {new_type}")
-            elif sql_type != known[name.lower()] and not all_missing:
-                self._fit_column(table, column, sql_type, known[name.lower()])
+            column, kept = tables.quoted(name), known.get(tables.name_key(name))
+            if kept is None:
+                self._cursor.execute(f"ALTER TABLE items ADD COLUMN {column} {'VARCHAR' if all_missing else given}")
+            elif given != kept and not all_missing:
+                if self._takes_any_type(column, given, kept):
+                    self._cursor.execute(f"ALTER TABLE items ALTER COLUMN {column} TYPE {given}")
+                else:
+                    self._refuse_changes(table, column, given, kept)
 
-    def _fit_column(self, table: pa.Table, column: str, given: str, kept: str) -> None:
+    def _takes_any_type(self, column: str, given: str, kept: str) -> bool:
+        """Whether a column has nothing but NULLs, and empty lists of a type that nobody gave, so that it may change."""
+        something = f"{column} IS NOT NULL"
+        if (text_lists := _TEXT_LISTS.fullmatch(kept)) and given.endswith(text_lists["lists"]):
+            without_text = f'TRY_CAST({column} AS "NULL"{text_lists["lists"]})'
+            something = f"CAST({without_text} AS {kept}) IS DISTINCT FROM {column}"
+        return not self._cursor.execute(f"SELECT 1 FROM items WHERE {something} LIMIT 1").fetchall()
+
+    def _refuse_changes(self, table: pa.Table, column: str, given: str, kept: str) -> None:
         """Refuse values that would change on their way into a column of another type."""
-        if self._cursor.execute(f"SELECT count({column}) FROM items").fetchall() == [(0,)]:
-            self._cursor.execute(f"ALTER TABLE items ALTER COLUMN {column} TYPE {given}")
-            return
         changed = f"CAST(TRY_CAST({column} AS {kept}) AS {given}) IS DISTINCT FROM {column}"
         found = run_over(self._cursor, table, f"SELECT {column}::VARCHAR FROM batch WHERE {changed} LIMIT 1")
         if found:
@@ -289,6 +300,34 @@ class Appending:
                 f"The metadata column {column} has the type {given}, but in the index it is {kept}, which cannot hold "
                 f"{str(found[0][0])[:80]!r}. Convert the column, or give it another name."
             )
+
+
+def _with_types(table: pa.Table) -> pa.Table:
+    """The same table; lists, structs and maps in which something has no type, such as empty lists, have text there."""
+    for position, field in enumerate(table.schema):
+        if (kind := _text_for_null(field.type)) != field.type:
+            table = table.set_column(position, field.with_type(kind), table.column(position).cast(kind))
+    return table
+
+
+def _text_for_null(kind: pa.DataType) -> pa.DataType:
+    """A type with text wherever something in it has none: DuckDB 2 would keep that, and take nothing but NULL."""
+    import pyarrow as pa
+
+    def mended(field: pa.Field) -> pa.Field:
+        return field.with_type(pa.string() if pa.types.is_null(field.type) else _text_for_null(field.type))
+
+    if pa.types.is_struct(kind):
+        return pa.struct([mended(field) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(mended(kind.key_field), mended(kind.item_field), keys_sorted=kind.keys_sorted)
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(mended(kind.value_field), kind.list_size)
+    if pa.types.is_large_list(kind):
+        return pa.large_list(mended(kind.value_field))
+    if pa.types.is_list(kind):
+        return pa.list_(mended(kind.value_field))
+    return kind
 
 
 def uses_all_bits(vectors: Vectors) -> bool:

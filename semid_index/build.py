@@ -28,7 +28,9 @@ from semid_index.incoming import (
     Incoming,
     Items,
     check_incoming,
+    drops,
     open_source,
+    refuse_all_dropped,
     refuse_known,
     refuse_unusable,
     unusable_rows,
@@ -64,6 +66,7 @@ def train(
     vectors: Any,
     *,
     sample: int | None,
+    on_bad_vectors: Literal["error", "drop"],
     progress: ProgressCallback | None,
 ) -> tuple[TrainReport, Coder]:
     """Learn codebooks, and tail codebooks, from (a sample of) vectors, and save them."""
@@ -74,7 +77,7 @@ def train(
     config, quantizer, policy = store.config, untrained.quantizer, untrained.policy
     source = open_source(vectors, config.dim)
     started = time.perf_counter()
-    rows = training_sample(source, quantizer, config, sample)
+    rows = training_sample(source, quantizer, config, sample, on_bad_vectors=on_bad_vectors)
     quantizer.on_progress = progress
     try:
         quantizer.fit(rows, seed=config.seed)
@@ -149,13 +152,26 @@ def usable_sample(quantizer: Quantizer) -> int:
     return max(_SMALLEST_SAMPLE, _SAMPLE_PER_CODEWORD * max(quantizer.codebook_sizes, default=0))
 
 
-def training_sample(source: VectorSource, quantizer: Quantizer, config: IndexConfig, sample: int | None) -> Vectors:
-    """Vectors to learn from, chosen at random, at length 1 under cosine; refuses those that cannot be used."""
+def training_sample(
+    source: VectorSource,
+    quantizer: Quantizer,
+    config: IndexConfig,
+    sample: int | None,
+    *,
+    on_bad_vectors: Literal["error", "drop"] = "error",
+) -> Vectors:
+    """Vectors to learn from, chosen at random, at length 1 under cosine; refuses, or drops, those that are no use."""
     if sample is not None:
         check_count("sample", sample)
+    drop = drops(on_bad_vectors)
     wanted = sample or usable_sample(quantizer)
     rows = source.sample(min(int(wanted), source.rows), seed=config.seed)
-    refuse_unusable(unusable_rows(rows, config.metric), config, "of the training sample ")
+    bad = unusable_rows(rows, config.metric)
+    if drop and len(bad):
+        rows = np.delete(rows, bad, axis=0)
+        refuse_all_dropped(len(rows), bad, config)
+    else:
+        refuse_unusable(bad, config, "of the training sample ")
     return comparable(rows, config.metric)
 
 

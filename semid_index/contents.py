@@ -35,6 +35,7 @@ _READ_BYTES = 4 << 20  # of vectors, were they float32, that are read at a time
 _READ_AHEAD = 1 << 20  # bytes of them that DuckDB may have ready; 2.0 would have ten times as many
 _CHUNK = 2_048  # rows that DuckDB carries through a query together
 _JOINS_PER_MAP = 16  # searches with a filter, since the last write, that are worth a map of the table items
+_FEW_IDS, _MOST_IDS = 1_000, 2**63 - 1  # examples of a shelf: found one way, and for DuckDB a number at all
 _MOST_MOVED = 1_000  # items that are looked up by id where the map is wrong, before it is given up
 
 
@@ -201,6 +202,9 @@ class Contents(Session):
         """The row of each id; -1 where the index has no such item."""
         import pyarrow as pa
 
+        if len(ids) == 1:  # which DuckDB finds by its index; for a join it reads the ids of all items
+            one = self._fetch("SELECT row FROM semid_codes WHERE id = ?", ids.to_pylist())
+            return np.array([row for (row,) in one] or [-1], dtype=np.int64)
         wanted = pa.table({"id": ids, "position": np.arange(len(ids))})
         found = self.arrow("SELECT position, row FROM semid_codes JOIN wanted USING (id)", wanted=wanted)
         rows = np.full(len(ids), -1, dtype=np.int64)
@@ -208,14 +212,14 @@ class Contents(Session):
         return rows
 
     def largest_id(self) -> int:
-        """The largest integer id that an item has or had; -1 if there was none."""
+        """The largest integer id from 0 on that an item has or had; -1 if there was none."""
         # not max(id): DuckDB 2.0 answers that from statistics, which keep what a failed commit wrote
         found = [
             int(id)
             for table in ("semid_codes", "semid_history")
             for (id,) in self._fetch(f"SELECT id FROM {table} ORDER BY id DESC LIMIT 1")
         ]
-        return max(found, default=-1)
+        return max([-1, *found])
 
     # -- vectors ------------------------------------------------------------------------------------------------------
 
@@ -243,10 +247,11 @@ class Contents(Session):
 
         wanted, inverse = np.unique(rows, return_inverse=True)
         names = self._with_checksums(columns)
-        found = self.arrow(
-            f"SELECT v.row, {', '.join('v.' + name for name in names)} FROM semid_vectors v JOIN wanted USING (row)",
-            wanted=pa.table({"row": wanted}),
-        )
+        query = f"SELECT v.row, {', '.join('v.' + name for name in names)} FROM semid_vectors v"
+        if len(wanted) == 1:  # for a join, DuckDB reads more than the part of the file that has this row
+            found = self.arrow(f"{query} WHERE v.row = ?", params=wanted.tolist())
+        else:
+            found = self.arrow(f"{query} JOIN wanted USING (row)", wanted=pa.table({"row": wanted}))
         self._check_vectors(numpy_column(found["row"]), {name: numpy_column(found[name]) for name in names})
         order = np.argsort(numpy_column(found["row"]))
         if len(order) != len(wanted):
@@ -261,8 +266,8 @@ class Contents(Session):
         A column of the user's wins over one of ours with the same name.
         """
         users = {name: f"i.{tables.quoted(name)}" for name in self.item_columns() if name != "id"}
-        lowered = {name.lower() for name in users}
-        return {name: f"c.{name}" for name in self._code_columns() if name not in lowered} | users
+        taken = {tables.name_key(name) for name in users}
+        return {name: f"c.{name}" for name in self._code_columns() if name not in taken} | users
 
     def item_columns(self) -> dict[str, str]:
         """The columns of ``items``: name -> type, in order."""
@@ -313,7 +318,7 @@ class Contents(Session):
         """
         import pyarrow as pa
 
-        if any(name.lower() == "rowid" for name in columns):  # it hides DuckDB's own
+        if any(tables.name_key(name) == "rowid" for name in columns):  # it hides DuckDB's own
             return None
         writes = self.writes if self._reader_of_thread() is None else self._moments.writes
         if self.writes_begun != writes:  # of what is read here, nobody can tell whether it is from before or after
@@ -372,7 +377,7 @@ class Contents(Session):
         names = ", ".join(f"k{level}" for level in range(depth))
         keys = ", ".join(f"{sql} AS k{level}" for level, sql in enumerate(codes))
         found = self._fetch(
-            f"SELECT {names}, count(*) AS n, list(id ORDER BY position)[:{examples}] FROM "
+            f"SELECT {names}, count(*) AS n, {_first_ids(examples)} FROM "
             f"(SELECT {keys}, id, row AS position FROM semid_codes WHERE {self._under(under)}) "
             f"GROUP BY {names} ORDER BY n DESC, {names}"
         )
@@ -538,13 +543,22 @@ class Contents(Session):
 
     def _metadata_columns(self) -> str:
         """SQL for the user's columns of ``items i``, after ``id`` and ``semantic_id``."""
-        names = [name for name in self.item_columns() if name.lower() not in ("id", "semantic_id")]
+        names = [name for name in self.item_columns() if tables.name_key(name) not in ("id", "semantic_id")]
         return "".join(f", i.{tables.quoted(name)}" for name in names)
 
 
 def _subquery(table: str, columns: Mapping[str, str], *, where: str = "true") -> str:
     """Some expressions over one table under names of their own, where no other table's columns can be meant."""
     return f"(SELECT {', '.join(f'{sql} AS {name}' for name, sql in columns.items())} FROM {table} WHERE {where})"
+
+
+def _first_ids(count: int) -> str:
+    """SQL for a list of the first ids of a group, by their ``position``."""
+    if count == 0:
+        return "[]"
+    if count <= _FEW_IDS:  # in less time, and without a list of all of them; DuckDB takes no million here
+        return f"arg_min(id, position, {count})"
+    return f"list(id ORDER BY position)[:{min(count, _MOST_IDS)}]"
 
 
 def _where_row(rows: range | None) -> str:

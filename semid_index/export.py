@@ -22,7 +22,7 @@ from semid_index.quantizers.tail import TAIL_ARRAY
 from semid_index.records import Tier
 from semid_index.rerank import from_stored
 from semid_index.store import Store, fingerprints
-from semid_index.tables import literal
+from semid_index.tables import literal, name_key
 from semid_index.whole_files import new_file
 
 _LEAST_GROUP = 16_384  # rows: half a megabyte of IDs, which is read at once
@@ -106,12 +106,12 @@ def _metadata_columns(store: Store, metadata: bool | Sequence[str], *, taken: Se
         listed = ", ".join(f"'{name}'" for name in known) or "none"
         raise InvalidArgumentError(f"The items have no column '{unknown[0]}'. They have {listed}.")
     columns: dict[str, str] = {}
-    used = {name.lower() for name in taken}
+    used = {name_key(name) for name in taken}
     for name in dict.fromkeys(wanted):
         given = name
-        while given.lower() in used:
+        while name_key(given) in used:
             given = f"item_{given}"
-        used.add(given.lower())
+        used.add(name_key(given))
         columns[given] = name
     return columns
 

@@ -34,7 +34,7 @@ import duckdb
 import numpy as np
 
 from semid_index.errors import FilterError
-from semid_index.tables import literal, quoted
+from semid_index.tables import literal, name_key, quoted
 
 MAX_LENGTH = 100_000
 """Characters that a filter may have."""
@@ -177,7 +177,7 @@ def check_filter(
             raise FilterError("A mapping brings its own values: leave params out, or write where as SQL text.")
         where, params = _text_of_mapping(where)
     values = _bound_values(params)
-    writer = _Writer({_fold(name): name for name in columns}, table, values)
+    writer = _Writer({name_key(name): name for name in columns}, table, values)
     try:
         sql = writer.expression(_parse(where))
     except RecursionError:
@@ -401,7 +401,7 @@ class _Writer:
         names: list[str] = node["column_names"]
         if len(names) != 1:
             raise FilterError(f"'{_shown('.'.join(names))}' is not allowed in a filter: write a column's name alone.")
-        name = self._known.get(_fold(names[0]))
+        name = self._known.get(name_key(names[0]))
         if name is None:
             raise _unknown("column", names[0], self._known.values())
         self.columns.add(name)
@@ -554,8 +554,8 @@ def _refused_node(node: Node) -> FilterError:
 
 
 def _unknown(kind: str, name: str, known: Collection[str]) -> FilterError:
-    folded = {_fold(each): each for each in known}
-    close = difflib.get_close_matches(_fold(name), folded, n=1)
+    folded = {name_key(each): each for each in known}
+    close = difflib.get_close_matches(name_key(name), folded, n=1)
     meant = f" Did you mean '{folded[close[0]]}'?" if close else ""
     listed = ", ".join(sorted(known)[:100]) or "none"
     return FilterError(f"No {kind} '{_shown(name)}' is allowed in a filter.{meant} There are: {listed}.")
@@ -643,7 +643,7 @@ def _type(cast: Node) -> str:
         name, modifiers = _type_of_2(cast["type_expr"])
     else:
         name, modifiers = _type_of_1(cast["cast_type"])
-    known = _TYPES.get(_fold(name))
+    known = _TYPES.get(name_key(name))
     if known is None:
         raise _unknown("type", name, frozenset(_TYPES.values()))
     if known != "DECIMAL":
@@ -748,7 +748,7 @@ def _kind(value: Any) -> str:
 
 def _parameter_name(name: Any) -> str:
     """A parameter's name in small letters, as DuckDB matches it. It goes into the text: only plain names do."""
-    folded = _fold(name) if isinstance(name, str) else ""
+    folded = name_key(name) if isinstance(name, str) else ""
     if not _PARAMETER_NAME.fullmatch(folded):
         raise FilterError(f"'{_shown(str(name))}' is no name for a parameter: use the letters a to z, digits and _.")
     return folded
@@ -815,14 +815,6 @@ def _in_condition(name: str, wanted: Any, values: list[Any]) -> str:
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
-
-
-def _fold(name: str) -> str:
-    """A name as DuckDB compares it: the letters A to Z in small, all others as they are."""
-    return name.translate(_SMALL)
-
-
-_SMALL = {capital: capital + 32 for capital in range(ord("A"), ord("Z") + 1)}
 
 
 def _is_unicode(text: str) -> bool:

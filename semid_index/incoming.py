@@ -32,6 +32,7 @@ log = logging.getLogger("semid_index")
 
 LARGEST_SQUARE = 1e37  # the squared length of a vector, so that squared distances stay within float32
 _LARGEST_FLOAT16 = 65_504.0
+_SMALLEST_FLOAT16 = 2.0**-14  # below, a float16 has fewer and fewer bits, and none below 3e-8
 _CHECKED_AT_ONCE = 50_000
 _LARGEST_ID = 2**63 - 1
 
@@ -91,12 +92,11 @@ def check_incoming(
     if not store.is_trained:
         raise NotTrainedError("The index is not trained. Call index.train(vectors) before adding items.")
     store.check_writable()
-    if on_bad_vectors not in ("error", "drop"):
-        raise InvalidArgumentError(f"on_bad_vectors must be 'error' or 'drop', not {on_bad_vectors!r}.")
+    drop = drops(on_bad_vectors)
     check_count("batch_size", batch_size)
     config = store.config
     source = open_source(vectors, config.dim)
-    good = _check_rows(source, config, batch_size, drop=on_bad_vectors == "drop")
+    good = _check_rows(source, config, batch_size, drop=drop)
     all_ids = _ids_to_add(store, ids, source.rows)
     table = as_metadata(metadata, all_ids)
     _check_different(all_ids)
@@ -109,7 +109,8 @@ def refuse_known(store: Store, incoming: Incoming) -> None:
     """Raise :class:`DuplicateIdError` if some of the items are in the index already."""
     if store.id_type is not None and (known := store.existing_ids(incoming.all_ids)):
         raise DuplicateIdError(
-            f"Ids are in the index already: {_listed(known)}. Leave them out, or use index.upsert.", ids=known
+            f"Ids are in the index already: {_listed(known)}. Leave them out, or use index.upsert (--upsert).",
+            ids=known,
         )
 
 
@@ -139,7 +140,7 @@ def _check_rows(source: VectorSource, config: IndexConfig, batch_size: int, *, d
     for batch in source.batches(batch_size):
         rows = unusable_rows(batch, config.metric)
         if config.vectors == "float16":
-            rows = np.union1d(rows, np.flatnonzero(np.abs(batch).max(axis=1) > _LARGEST_FLOAT16))
+            rows = np.union1d(rows, _no_float16_rows(batch, config.metric))
         bad.append(rows + start)
         start += len(batch)
     rows = np.concatenate(bad)
@@ -147,14 +148,26 @@ def _check_rows(source: VectorSource, config: IndexConfig, batch_size: int, *, d
         return None
     if not drop:
         refuse_unusable(rows, config, "")
-    if len(rows) == source.rows:
-        raise InvalidVectorsError(
-            f"None of the {source.rows} vectors can be used: {allowed(config)}", rows=rows[:10].tolist()
-        )
+    refuse_all_dropped(source.rows - len(rows), rows, config)
     log.warning("dropped %d of %d vectors that cannot be used", len(rows), source.rows)
     good = np.ones(source.rows, dtype=bool)
     good[rows] = False
     return pa.array(good)
+
+
+def drops(on_bad_vectors: str) -> bool:
+    """Whether vectors that cannot be used are to be left out, not refused."""
+    if on_bad_vectors not in ("error", "drop"):
+        raise InvalidArgumentError(f"on_bad_vectors must be 'error' or 'drop', not {on_bad_vectors!r}.")
+    return on_bad_vectors == "drop"
+
+
+def refuse_all_dropped(left: int, rows: NDArray[np.int64], config: IndexConfig) -> None:
+    """Raise :class:`InvalidVectorsError` if no vectors are left once these rows are dropped."""
+    if not left:
+        raise InvalidVectorsError(
+            f"None of the {len(rows)} vectors can be used: {allowed(config)}", rows=rows[:10].tolist()
+        )
 
 
 def unusable_rows(vectors: Vectors, metric: Metric) -> NDArray[np.int64]:
@@ -166,22 +179,38 @@ def unusable_rows(vectors: Vectors, metric: Metric) -> NDArray[np.int64]:
     return np.flatnonzero(~((squares > least) & (squares <= LARGEST_SQUARE)))  # no comparison with NaN is true
 
 
+def _no_float16_rows(vectors: Vectors, metric: Metric) -> NDArray[np.int64]:
+    """The rows that float16 cannot hold: too large or, under cosine, so small that little is left of their direction.
+
+    Under the other metrics small values are a matter of absolute error, and that is at most 3e-8.
+    """
+    largest = np.abs(vectors).max(axis=1)
+    least = _SMALLEST_FLOAT16 if metric == "cosine" else 0.0
+    return np.flatnonzero((largest > _LARGEST_FLOAT16) | (largest < least))
+
+
 def refuse_unusable(rows: NDArray[np.int64], config: IndexConfig, where: str) -> None:
     """Raise :class:`InvalidVectorsError` if there are such rows; ``where`` is what they are rows of, or nothing."""
     if len(rows):
         listed = ", ".join(str(row) for row in rows[:5]) + (" ..." if len(rows) > 5 else "")
         raise InvalidVectorsError(
             f"{len(rows)} vectors cannot be used, in rows {where}{listed}: {allowed(config)} "
-            "Mend them, or leave them out (add does with on_bad_vectors='drop').",
+            "Mend them, or leave them out (train and add do with on_bad_vectors='drop', or --on-bad-vectors drop).",
             rows=rows[:10].tolist(),
         )
 
 
 def allowed(config: IndexConfig) -> str:
     """Which vectors an index takes, in words."""
-    zero = "; and under cosine the zero vector has no direction" if config.metric == "cosine" else ""
-    large = f"; and float16 reaches up to {_LARGEST_FLOAT16:,.0f}" if config.vectors == "float16" else ""
-    return f"NaN, infinite values and lengths above {math.sqrt(LARGEST_SQUARE):.0e} are not allowed{zero}{large}."
+    cosine, halves = config.metric == "cosine", config.vectors == "float16"
+    said = f"NaN, infinite values and lengths above {math.sqrt(LARGEST_SQUARE):.0e} are not allowed"
+    if cosine:
+        said += "; and under cosine the zero vector has no direction"
+    if halves:
+        said += f"; and float16 reaches up to {_LARGEST_FLOAT16:,.0f}"
+    if cosine and halves:
+        said += f", and loses the direction of vectors without any value of {_SMALLEST_FLOAT16:.1e} or more"
+    return f"{said}."
 
 
 def _ids_to_add(store: Store, ids: Any, count: int) -> Any:
@@ -197,11 +226,11 @@ def _ids_to_add(store: Store, ids: Any, count: int) -> Any:
             )
         return array
     if store.id_type == "str":
-        raise InvalidIdsError("The ids of this index are strings, so every vector needs one. Pass ids=[...].")
+        raise InvalidIdsError("The ids of this index are strings, so every vector needs one. Pass ids=[...] (--ids).")
     first = store.largest_id() + 1
     if first + count - 1 > _LARGEST_ID:
         raise InvalidIdsError(
-            f"There are no {count} whole numbers of 64 bits above the largest id, {first - 1}. Pass ids=[...]."
+            f"There are no {count} whole numbers of 64 bits above the largest id, {first - 1}. Pass ids=[...] (--ids)."
         )
     return pa.array(np.arange(first, first + count))
 

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, replace
 from threading import RLock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,7 @@ from semid_index.errors import (
     InvalidIdsError,
     InvalidVectorsError,
     NotTrainedError,
+    PluginError,
     PrefixNotSupportedError,
     UnknownIdError,
 )
@@ -141,6 +142,7 @@ def create(
             raise InvalidArgumentError(f"tail must be at most one code for each of the {dim} dimensions, not {tail}.")
     kind = quantizer_class(quantizer)
     made = _make_quantizer(kind, {"levels": levels, "codebook_size": codebook_size, **options})
+    _check_config(made, options)
     tier: Tier = vectors  # type: ignore[assignment]
     if tail is None and tier == "none":
         tail = 0  # whoever wants no vectors wants a small index
@@ -179,18 +181,19 @@ def open(
         check_count("version", version)
     store = Store.open(path, read_only=read_only, version=version)
     try:
-        config = store.config
-        hint = f"{path} was built with it: install the package that offers it."
-        kind = quantizer_class(config.quantizer, hint=hint)
-        policy = _make_policy(config.collisions, hint=hint)
-        if store.is_trained:
-            coder = build.restore(store, kind, policy)
-        else:
-            coder = Coder(_make_quantizer(kind, dict(config.quantizer_config)), policy, None)
+        with store.reading():  # another index on the file may be training or retraining
+            config = store.config
+            hint = f"{path} was built with it: install the package that offers it."
+            kind = quantizer_class(config.quantizer, hint=hint)
+            policy = _make_policy(config.collisions, hint=hint)
+            if store.is_trained:
+                coder = build.restore(store, kind, policy)
+            else:
+                coder = Coder(_make_quantizer(kind, dict(config.quantizer_config)), policy, None)
+            return SemanticIndex(store, coder, vectors_in=vectors_in, place=place)
     except BaseException:
         store.close()
         raise
-    return SemanticIndex(store, coder, vectors_in=vectors_in, place=place)
 
 
 class SemanticIndex:
@@ -214,7 +217,7 @@ class SemanticIndex:
         self._place = place or _Place("cpu", "float16")
         self._on_gpus: dict[tuple[int, bool], SearchOnGpu] = {}
         self._not_on_gpu = ""  # why "auto" has taken the CPU for good
-        self._coders, self._policy = {store.version: coder}, coder.policy
+        self._coders, self._policy = {_trained_version(store): coder}, coder.policy
         self._vectors_in: Literal["memory", "file"] = vectors_in
         self._live = Live(store, self._read_items)
         self._by_codes: Snapshot | None = None
@@ -222,22 +225,36 @@ class SemanticIndex:
         self._engine: sqlalchemy.Engine | None = None
         self._lock = RLock()
         self._sql_lock = RLock()  # an own one, so that no query waits until items are added
-        self.config = store.config
+        self._config, self._settled = store.config, store.is_trained
+
+    @property
+    def config(self) -> IndexConfig:
+        """What the index is; settled once it is trained, here or by another index on the same file."""
+        if not self._settled and not self._store.closed:
+            self._settled, self._config = self._store.is_trained, self._store.config
+        return self._config
 
     # -- learning and adding ------------------------------------------------------------------------------------------
 
     def train(
-        self, vectors: Any, *, sample: int | None = None, progress: bool | ProgressCallback = False
+        self,
+        vectors: Any,
+        *,
+        sample: int | None = None,
+        on_bad_vectors: Literal["error", "drop"] = "error",
+        progress: bool | ProgressCallback = False,
     ) -> TrainReport:
         """Learn the codebooks from vectors (n, dim): an array, an Arrow column or table, or the path of a file.
 
         At most ``sample`` rows, chosen at random, are used (by default the larger of 65,536 and 256 for each codeword).
+        ``on_bad_vectors``: as in :meth:`add`, for those that were chosen.
         ``progress``: True shows bars on stderr; a function is called with (done, total, what).
         """
         with self._lock, self._place.training(), progress_callback(progress) as report:
-            result, coder = build.train(self._store, self._coder, vectors, sample=sample, progress=report)
-            self._coders = {self._store.version: coder}
-            self.config = self._store.config
+            result, coder = build.train(
+                self._store, self._coder, vectors, sample=sample, on_bad_vectors=on_bad_vectors, progress=report
+            )
+            self._coders = {_trained_version(self._store): coder}
         return result
 
     def add(
@@ -252,10 +269,11 @@ class SemanticIndex:
     ) -> Any:
         """Encode vectors (n, dim) and store them, in one transaction; returns their ids.
 
-        ``ids``: integers or strings, one for each vector, fixed in type by the first add; numbers from 0 if left out.
-        An id that is in the index already is an error. ``metadata``: a data frame, Arrow table or dict of columns
-        with a row for each vector; its columns are those of the SQL table ``items``. ``on_bad_vectors="drop"`` leaves
-        out vectors with NaN or infinite values (and zero vectors, under cosine) instead of refusing all.
+        ``ids``: integers or strings, one for each vector, fixed in type by the first add; if left out, numbers from 0,
+        or after the largest. An id that is in the index already is an error. ``metadata``: a data frame, Arrow table or
+        dict of columns with a row for each vector; its columns are those of the SQL table ``items``.
+        ``on_bad_vectors="drop"`` leaves out vectors with NaN or infinite values (and zero vectors, under cosine)
+        instead of refusing all.
         """
         with self._lock, self._store.unchanging(), progress_callback(progress) as report:
             return build.add(
@@ -352,7 +370,6 @@ class SemanticIndex:
                 keep_ids=keep_ids,
                 compare=compare,
                 progress=callback,
-                before_commit=self._coders.__setitem__,
             )
             self._live.forget()
             self._by_codes = None
@@ -409,7 +426,7 @@ class SemanticIndex:
         than k hits come back only where fewer items exist.
         """
         asked = self._place.device if device is None else parse_device(device)
-        queries, single = as_queries(query, dim=self.config.dim, finite=False)
+        queries, single = as_queries(query, dim=self._config.dim, finite=False)
         if where is None and params is None and exact is False and timeout is None and len(queries) == 1:
             found = self._search_one(queries, single, (k, probes, rerank), threads, asked)
             if found is not None:
@@ -480,8 +497,11 @@ class SemanticIndex:
 
     def similar(self, id: Any, k: int = 10, **options: Any) -> SearchResult:
         """The k items most like an item of the index, itself left out; options as in :meth:`search`."""
-        check_count("k", k, least=1)
-        found = self.search(self._vector_of(id), k + 1, **options)
+        vector = self._vector_of(id)
+        asked = SearchRequest(vector[np.newaxis], True, k, rerank=options.get("rerank"))  # for k hits, and not one more
+        if asked.rerank is not None:
+            options["rerank"] = max(int(asked.rerank), k + 1)
+        found = self.search(vector, k + 1, **options)
         # one by one: NumPy compares strings without the NULs at their end
         others = np.array([i for i, hit in enumerate(found.flat_ids.tolist()) if hit != id][:k], dtype=np.int64)
         return SearchResult(
@@ -558,8 +578,9 @@ class SemanticIndex:
         with self._store.reading():
             table = self._store.items(wanted)
             if vectors:
+                rows = self._store.rows_of_ids(table["id"].combine_chunks())
                 table = table.drop_columns([name for name in table.column_names if name == "vector"])
-                table = table.append_column("vector", self._stored_vectors(table["id"].combine_chunks()))
+                table = table.append_column("vector", self._stored_vectors(rows))
         return table
 
     def sql(
@@ -661,7 +682,9 @@ class SemanticIndex:
         """
         self._check_trained()
         if not len(self):
-            raise InvalidArgumentError("The index has no items to report on. Add some with index.add(vectors).")
+            raise InvalidArgumentError(
+                "The index has no items to report on. Add some with index.add(vectors) or semid add."
+            )
         check_count("k", k)
         check_count("queries", queries)
         with self._lock, self._store.reading(), progress_callback(progress) as callback:
@@ -737,6 +760,12 @@ class SemanticIndex:
     ) -> None:
         self.close()
 
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "An index cannot be pickled or copied: it holds its file open. Open it in each process, with "
+            "semid_index.open(path, read_only=True)."
+        )
+
     def __len__(self) -> int:
         return len(self._store)
 
@@ -770,12 +799,13 @@ class SemanticIndex:
 
     @property
     def _coder(self) -> Coder:
-        """That of the version of the IDs at this moment, which another index on the same file may have retrained."""
-        version = self._store.version
-        coder = self._coders.get(version)
+        """That of this moment; another index on the same file may have trained it, or retrained it."""
+        coder = self._coders.get(_trained_version(self._store))
         if coder is None:
-            kind = quantizer_class(self.config.quantizer)
-            self._coders[version] = coder = build.restore(self._store, kind, self._policy)
+            with self._store.reading():  # so that the version and what it learned belong together
+                kind = quantizer_class(self.config.quantizer)
+                coder = build.restore(self._store, kind, self._policy)
+                self._coders[_trained_version(self._store)] = coder
         return coder
 
     @property
@@ -987,7 +1017,9 @@ class SemanticIndex:
         layout = self._store.layout
         if isinstance(prefix, str):
             return parse_prefix(prefix, layout)
-        is_list = isinstance(prefix, Sequence | np.ndarray) and not isinstance(prefix, bytes)
+        if isinstance(prefix, np.ndarray):
+            prefix = list(prefix) if prefix.ndim else prefix.item()
+        is_list = isinstance(prefix, Sequence) and not isinstance(prefix, bytes)
         if is_list and all(type(code) is int or isinstance(code, np.integer) for code in prefix):
             return check_prefix(prefix, layout)
         raise InvalidCodesError(f"A prefix is a text such as '12-153' or codes such as (12, 153), not {prefix!r}.")
@@ -1001,14 +1033,14 @@ class SemanticIndex:
         self._check_trained()
         wanted = self._ids([id])
         with self._store.reading():
-            if wanted is None or id not in self:
+            row = np.array([-1]) if wanted is None else self._store.rows_of_ids(wanted)
+            if row[0] < 0:
                 raise UnknownIdError(f"There is no item with id {id!r} in the index.")
-            column = self._stored_vectors(wanted)
+            column = self._stored_vectors(row)
         return np.asarray(column.flatten().to_numpy(), dtype=np.float32)
 
-    def _stored_vectors(self, ids: pa.Array) -> pa.Array:
+    def _stored_vectors(self, rows: NDArray[np.int64]) -> pa.Array:
         """The stored vectors of some items as float32, or the decoded ones where none are stored."""
-        rows = self._store.rows_of_ids(ids)
         if self.config.vectors == "none":
             return fixed_size_list(self._quantizer.decode(self._store.codes_of(rows)))
         return fixed_size_list(FileVectors(self._store, rows, self.config.metric).take(slice(None)))
@@ -1017,6 +1049,11 @@ class SemanticIndex:
 def _with_reason(found: SearchResult, reason: str) -> SearchResult:
     """A result whose trace says why it was not searched on a GPU."""
     return replace(found, read_trace=lambda: replace(found.trace, device=f"cpu ({reason})"))
+
+
+def _trained_version(store: Store) -> int:
+    """The version of the IDs at this moment; 0 before training."""
+    return store.version if store.is_trained else 0
 
 
 def _version(against: SemanticIndex | tuple[Any, Any]) -> tuple[pa.Array, Codes]:
@@ -1038,6 +1075,15 @@ def _version_record(number: int, facts: Mapping[str, Any], *, present: bool) -> 
 def _make_quantizer(kind: type[Quantizer], options: dict[str, Any]) -> Quantizer:
     _check_options(kind, options)
     return kind(**options)
+
+
+def _check_config(quantizer: Quantizer, options: Mapping[str, Any]) -> None:
+    """Refuse options that would be lost: the index keeps nothing else of a quantizer than its configuration."""
+    if lost := sorted(set(options) - set(quantizer.get_config())):
+        raise PluginError(
+            f"The quantizer '{quantizer.name}' takes the option '{lost[0]}', but its get_config() does not return it, "
+            "so it would be lost once the index is opened again. Report this to whoever wrote it."
+        )
 
 
 def _make_policy(collisions: str | Mapping[str, Any], *, hint: str = "semid plugins lists them.") -> CollisionPolicy:

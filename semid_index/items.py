@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,12 @@ from numpy.typing import ArrayLike
 
 from semid_index.errors import InvalidArgumentError, InvalidIdsError
 from semid_index.records import IdType
+from semid_index.tables import name_key
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_NO_NAME = re.compile(r"__index_level_\d+__")  # what pyarrow calls the index of a data frame if that has no name
 
 
 def check_count(name: str, value: Any, *, least: int = 1) -> None:
@@ -58,7 +62,7 @@ def as_ids(ids: ArrayLike | Sequence[Any], *, count: int | None = None) -> pa.Ar
 
 
 def _plain_ids(ids: Any) -> Any:
-    if isinstance(ids, str | bytes):
+    if isinstance(ids, str | bytes | int | float | np.generic):
         raise InvalidIdsError(f"Ids must be a list or array of ids, not one {type(ids).__name__}.")
     if isinstance(ids, Set | Mapping):
         raise InvalidIdsError(f"Ids must be a list or array, in the order of the vectors, not a {type(ids).__name__}.")
@@ -86,7 +90,7 @@ def as_metadata(metadata: Any, ids: pa.Array) -> pa.Table | None:
     if metadata is None:
         return None
     try:
-        table = metadata if isinstance(metadata, pa.Table) else pa.table(metadata)
+        table = metadata if isinstance(metadata, pa.Table) else _without_row_labels(pa.table(metadata))
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise InvalidArgumentError(
             f"metadata must be an Arrow table, a data frame or a dict of columns: {error}."
@@ -95,7 +99,7 @@ def as_metadata(metadata: Any, ids: pa.Array) -> pa.Table | None:
         raise InvalidArgumentError(
             f"metadata has {table.num_rows} rows for {count} vectors. Give one row for each vector, in the same order."
         )
-    names = [name.lower() for name in table.column_names]
+    names = [name_key(name) for name in table.column_names]
     if unusable := [name for name in names if not name or "\0" in name]:
         raise InvalidArgumentError(f"A column of the metadata has the name {unusable[0]!r}. Give it another name.")
     if len(set(names)) != len(names):
@@ -111,3 +115,9 @@ def as_metadata(metadata: Any, ids: pa.Array) -> pa.Table | None:
             )
         table = table.remove_column(position)
     return table
+
+
+def _without_row_labels(table: pa.Table) -> pa.Table:
+    """A table that may come from a pandas data frame, without the index of that if it has no name."""
+    columns = (table.schema.pandas_metadata or {}).get("index_columns", [])  # dicts for those that are no columns
+    return table.drop_columns([name for name in columns if isinstance(name, str) and _NO_NAME.fullmatch(name)])

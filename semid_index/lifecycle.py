@@ -75,7 +75,7 @@ def upsert(
     vector stays as it is, so that writing the same again changes nothing.
     """
     if ids is None:
-        raise InvalidIdsError("upsert needs the ids of the items, known ones and new ones. Pass ids=[...].")
+        raise InvalidIdsError("upsert needs the ids of the items, known ones and new ones. Pass ids=[...] (--ids).")
     with store.unchanging():
         incoming = check_incoming(
             store, vectors, ids, metadata=metadata, batch_size=batch_size, on_bad_vectors=on_bad_vectors

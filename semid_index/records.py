@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -339,6 +339,11 @@ class SearchTrace:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "read_probes"}
         return values | {"seconds": dict(self.seconds), "probes": [asdict(probe) for probe in self.probes]}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy or another process: the probes themselves, since what gives them belongs to the index."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return values | {"read_probes": partial(_itself, self.probes)}
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -398,6 +403,12 @@ class SearchResult:
         yield self.ids
         yield self.distances
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy or another process: codes and trace themselves, since what gives them belongs to the index."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        codes, trace = partial(_itself, self.read_codes()), partial(_itself, self.trace)
+        return values | {"read_codes": codes, "read_trace": trace}
+
     def __len__(self) -> int:
         """Hits of a single query, or the number of queries in a batch."""
         return len(self.flat_ids) if self.single else len(self.offsets) - 1
@@ -407,11 +418,12 @@ class SearchResult:
         import pyarrow as pa
 
         counts = np.diff(self.offsets)
+        are_strings = self.flat_ids.dtype == object  # which no hits would not tell
         return pa.table(
             {
                 "query": np.repeat(np.arange(len(counts)), counts),
                 "rank": np.arange(len(self.flat_ids)) - np.repeat(self.offsets[:-1], counts) + 1,
-                "id": pa.array(self.flat_ids.tolist()) if self.flat_ids.dtype == object else pa.array(self.flat_ids),
+                "id": pa.array(self.flat_ids.tolist(), pa.string()) if are_strings else pa.array(self.flat_ids),
                 "distance": self.flat_distances,
                 "semantic_id": pa.array(self.flat_semantic_ids, type=pa.string()),
             }
@@ -436,3 +448,7 @@ class Shelf:
     def text(self) -> str:
         """``12-153-*``, or ``12-153-87-21`` for a whole ID."""
         return format_id(self.prefix) + ("" if self.whole else "-*")
+
+
+def _itself(value: Any) -> Any:
+    return value

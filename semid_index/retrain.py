@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -56,12 +56,8 @@ def retrain(
     keep_ids: bool,
     compare: bool,
     progress: ProgressCallback | None,
-    before_commit: Callable[[int, Coder], None],
 ) -> tuple[RetrainReport, Coder]:
-    """Publish a new version of the IDs; see :meth:`SemanticIndex.retrain`.
-
-    ``before_commit`` is called with the number of the new version and its coder before anyone can read it.
-    """
+    """Publish a new version of the IDs; see :meth:`SemanticIndex.retrain`."""
     if not store.is_trained:
         raise NotTrainedError("The index is not trained. Call index.train(vectors) and index.add(vectors) first.")
     store.check_writable()
@@ -94,7 +90,6 @@ def retrain(
             writer = ItemWriter(store, coder, appending, anew=True)
             sums = _encode_all(items, writer, old.quantizer, coder.quantizer, progress)
             writer.finish()
-            before_commit(number, coder)
     report = RetrainReport(
         version=number,
         items=items.count,

@@ -69,7 +69,9 @@ _HITS_OF_MANY = """SELECT semid_found.qid AS qid, semid_found.hit.id AS id,
 class Searched(Protocol):
     """What the functions need of an index."""
 
-    config: IndexConfig
+    @property
+    def config(self) -> IndexConfig:
+        """What the index is."""
 
     def search(self, query: Any, k: int = 10, *, probes: int | None = None, rerank: int | None = None) -> SearchResult:
         """The nearest items."""

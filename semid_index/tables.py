@@ -44,6 +44,14 @@ def quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def name_key(name: str) -> str:
+    """What DuckDB compares of a name: the letters A to Z in small, all others as they are."""
+    return name.translate(_SMALL)
+
+
+_SMALL = {capital: capital + 32 for capital in range(ord("A"), ord("Z") + 1)}
+
+
 def literal(text: str) -> str:
     """Text as an SQL literal. Every text that becomes part of a statement passes through here."""
     return "'" + text.replace("'", "''") + "'"

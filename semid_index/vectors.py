@@ -175,6 +175,8 @@ def _matrix(array: NDArray[Any], what: str) -> NDArray[Any]:
         raise InvalidVectorsError(f"{what}: {array.dtype} array of {holds}. Give floats or integers of shape (n, dim).")
     if array.ndim != 2:
         advice = {0: "That is one number.", 1: "For one vector give x.reshape(1, -1)."}
+        if array.shape == (0,):
+            advice[1] = "This is empty: give one vector or more."
         last = array.shape[-1] if array.ndim else 0
         raise InvalidVectorsError(
             f"{what}: shape {array.shape}, but (n, dim) is needed, one row for each vector. "
@@ -391,7 +393,7 @@ class Hdf5Source(VectorSource):
             dataset = file.get(self._name)
             if not isinstance(dataset, h5py.Dataset):
                 raise InvalidArgumentError(
-                    f"{self._path}: no dataset '{self._name}'. It has {_listed(file)}; choose with column=."
+                    f"{self._path}: no dataset '{self._name}'. It has {_listed(file)}; choose with column= (--column)."
                 )
             yield dataset
 
@@ -553,7 +555,9 @@ def _open_npz(path: Path, column: str | None) -> VectorSource:
             [name for name, info in members.items() if _is_matrix(archive, info)], list(members), str(path)
         )
         if name not in members:
-            raise InvalidArgumentError(f"{path}: no array '{name}'. It has {_listed(members)}; choose with column=.")
+            raise InvalidArgumentError(
+                f"{path}: no array '{name}'. It has {_listed(members)}; choose with column= (--column)."
+            )
         with archive.open(members[name]) as file:
             shape, _, dtype = _npy_header(file)
             _check_size(shape, dtype, members[name].file_size - file.tell())
@@ -686,7 +690,9 @@ def _vector_field(fields: Iterable[pa.Field], column: str | None, what: str) -> 
 def _choose(candidates: list[str], names: Iterable[str], what: str) -> str:
     """The only candidate."""
     if len(candidates) > 1:
-        raise InvalidArgumentError(f"{what}: vectors could be in {_listed(candidates)}. Choose with column=.")
+        raise InvalidArgumentError(
+            f"{what}: vectors could be in {_listed(candidates)}. Choose with column= (--column)."
+        )
     if not candidates:
         raise InvalidVectorsError(
             f"{what}: none of {_listed(names)} holds vectors, one row or list of numbers for each item. "
@@ -807,4 +813,6 @@ def _parquet_ids(path: Path, column: str | None) -> list[str] | NDArray[np.int64
         return np.asarray(ids.cast(pa.int64()))
     if pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type):
         return [str(text) for text in ids.to_pylist()]
-    raise InvalidIdsError(f"{path}: column '{name}' holds {ids.type}. Ids are integers or text; choose with column=.")
+    raise InvalidIdsError(
+        f"{path}: column '{name}' holds {ids.type}. Ids are integers or text; choose with column= (--id-column)."
+    )

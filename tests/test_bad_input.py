@@ -183,6 +183,7 @@ VECTOR_FAULTS = {
     "no rows": Fault(lambda v: v[:0], ["0 rows", "Give one or more"], allowed_in=["encode"]),
     "no dimensions": Fault(lambda v: v[:, :0], [r"shape \(20, 0\)", "at least one dimension"]),
     "1-D": Fault(lambda v: v[0], [r"shape \(24,\)", r"x\.reshape\(1, -1\)"], allowed_in=["search"]),
+    "an empty list": Fault(lambda v: [], [r"shape \(0,\)", "one vector or more"], allowed_in=["search"]),
     "3-D": Fault(lambda v: v[None], [r"shape \(1, 20, 24\)", r"x\.reshape\(-1, 24\)"]),
     "a number": Fault(lambda v: 3.0, [r"shape \(\)", r"\(n, dim\) is needed"]),
     "nothing": Fault(
@@ -287,6 +288,25 @@ def test_float16_has_a_largest_number(tmp_path, clustered):
         index.add(vectors)
     with watching(path, vectors[:5]) as it, refused(InvalidVectorsError, "float16 reaches up to 65,504", r"\b3\b"):
         it.index.add(with_value(65_536)(vectors[:20]))
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "ip"])
+def test_float16_has_a_smallest_direction(clustered, metric):
+    """Only cosine looks at the direction alone, however short a vector is."""
+    good = clustered(ROWS, DIM)
+    good = good / np.abs(good).max(axis=1, keepdims=True) * np.float32(6.2e-5)  # where float16 still has all its bits
+    bad = good.copy()
+    bad[3] *= np.float32(0.98)
+    with semid.create(dim=DIM, metric=metric, vectors="float16", levels=2, codebook_size=8) as index:
+        index.train(good)
+        if metric == "cosine":
+            with refused(InvalidVectorsError, "float16", r"without any value of 6\.1e-05", r"\b3\b"):
+                index.add(bad)
+        assert len(index.add(bad, on_bad_vectors="drop")) == ROWS - (metric == "cosine")
+        assert index.verify().ok
+    with semid.create(dim=DIM, metric="cosine", vectors="int8", levels=2, codebook_size=8) as index:
+        index.train(bad)
+        assert len(index.add(bad)) == ROWS
 
 
 def test_dropping_bad_vectors_leaves_the_others(index_file, vectors):
@@ -416,7 +436,8 @@ ID_FAULTS: dict[str, tuple[Any, type[SemidError], list[str]]] = {
     "objects": ([object()] * 3, InvalidIdsError, ["all whole numbers or all strings"]),
     "2-D": (np.array([[7_001], [7_002], [7_003]]), InvalidIdsError, ["one-dimensional", r"\(3, 1\)"]),
     "one string": ("abc", InvalidIdsError, ["list or array", "not one str"]),
-    "a number": (7, InvalidIdsError, ["all whole numbers or all strings"]),
+    "a number": (7, InvalidIdsError, ["list or array", "not one int"]),
+    "a number of NumPy's": (np.int64(7), InvalidIdsError, ["list or array", "not one int64"]),
     "a set, which has no order": ({7_001, 7_002, 7_003}, InvalidIdsError, ["order of the vectors", "set"]),
     "a dict": ({7_001: 0, 7_002: 0, 7_003: 0}, InvalidIdsError, ["order of the vectors", "dict"]),
     "beyond 64 bits": ([2**64, 1, 2], InvalidIdsError, ["whole numbers", "too large"]),
@@ -458,7 +479,7 @@ def test_upsert_needs_ids(filled):
 
 NO_IDS = ("floats", "whole floats", "booleans", "bytes", "dates", "lists", "objects", "2-D", "one string", "a number")
 NO_IDS += ("one missing", "numbers and strings", "a set, which has no order", "a dict", "beyond 64 bits")
-NO_IDS += ("beyond 63 bits", "half a character")
+NO_IDS += ("beyond 63 bits", "half a character", "a number of NumPy's")
 
 
 @pytest.mark.parametrize("method", ["delete", "get"])
@@ -627,7 +648,7 @@ ARGUMENT_FAULTS: list[tuple[str, dict[str, Any], type[SemidError], list[str]]] =
     *(("prefix", {"prefix": codes}, InvalidCodesError, ["4 codes", "3 levels"]) for codes in ("1-2-3-4", (1, 2, 3, 4))),
     *(
         ("prefix", {"prefix": what}, InvalidCodesError, ["'12-153'", r"\(12, 153\)"])
-        for what in (None, 5, (1.5,), (True,), ("1",), b"1", np.array([1.5]), np.array([[1, 2]]))
+        for what in (None, 5, (1.5,), (True,), ("1",), b"1", np.array(5), np.array([1.5]), np.array([[1, 2]]))
     ),
     *(("tree", {"depth": n}, InvalidArgumentError, ["depth", "at least 1"]) for n in (0, -1, 1.5, True, None)),
     ("tree", {"depth": 4}, InvalidArgumentError, ["3 levels", "depth=4", "too deep"]),

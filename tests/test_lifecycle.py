@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
@@ -421,6 +422,47 @@ def test_what_fails_halfway_is_undone(monkeypatch, tmp_path):
         assert index.upsert(points(50, seed=3), range(25, 75)).inserted == 25
 
 
+# -- items by their ids -----------------------------------------------------------------------------------------------
+
+
+def test_one_item_is_found_without_reading_the_ids_of_all(monkeypatch):
+    with new_index() as index:
+        index.add(points(3_000, seed=2))
+        fetch, asked = index._store._fetch, []
+        monkeypatch.setattr(index._store, "_fetch", lambda *query: asked.append(query) or fetch(*query))
+        assert 2_000 in index
+        plans = [fetch(f"EXPLAIN ANALYZE {query}", *params)[0][1] for query, *params in asked if "WHERE id" in query]
+        assert len(plans) == 1
+        assert "Index Scan" in plans[0]
+
+
+def test_one_item_is_found_as_several_are(tmp_path):
+    vectors, ids = points(60, seed=2), [f"item\0{n}" for n in range(50)]
+    with new_index(tmp_path / "index.duckdb") as index:
+        index.add(vectors[:50], ids=ids)
+        store = index._store
+
+        def rows() -> tuple[list[int], list[int]]:
+            one_by_one = [int(store.rows_of_ids(pa.array([id]))[0]) for id in (*ids, "new")]
+            return one_by_one, store.rows_of_ids(pa.array([*ids, "new"])).tolist()
+
+        def write() -> None:
+            index.delete(ids[:5])
+            index.upsert(vectors[50:], [*ids[3:10], "a", "b", "new"])
+
+        assert rows() == ([*range(50), -1],) * 2
+        with store.reading():
+            assert len(index) == 50  # the first read decides which moment it is
+            thread = threading.Thread(target=write)
+            thread.start()
+            thread.join()
+            assert rows() == ([*range(50), -1],) * 2
+        one_by_one, together = rows()
+        assert one_by_one == together
+        assert one_by_one == [-1, -1, -1, *range(50, 57), *range(10, 50), 59]
+        assert index.similar(ids[20], 5).ids.tolist() == index.search(vectors[20], 6).ids[1:].tolist()
+
+
 # -- several writers --------------------------------------------------------------------------------------------------
 
 
@@ -436,6 +478,24 @@ def test_what_one_index_writes_the_other_finds(tmp_path):
             other.upsert(vectors[3:4], [7])
             assert one.search(vectors[3], 1).ids.tolist() == [7]
             assert one.search(vectors[3], 60, where="id >= 0").ids.tolist() == other.search(vectors[3], 60).ids.tolist()
+
+
+def test_what_one_index_learned_the_other_knows(tmp_path):
+    path, vectors = tmp_path / "index.duckdb", points(60, seed=2)
+    semid.create(path, dim=DIM, levels=3, codebook_size=8).close()
+    with semid.open(path) as one, semid.open(path) as other:
+        assert other.config.tail is None
+        one.train(points(600, seed=1))
+        assert other.config == one.config
+        assert other.config.tail
+        np.testing.assert_array_equal(other.encode(vectors), one.encode(vectors))
+        one.add(vectors[:50])
+        assert other.search(vectors[3], 1, where="id < 9").ids.tolist() == [3]
+        assert other.add(vectors[50:]).tolist() == list(range(50, 60))
+        assert other.stats()["tail"] == one.stats()["tail"]
+        assert other.verify().ok
+        assert other.retrain(compare=False).version == 2
+        np.testing.assert_array_equal(one.encode(vectors), other.encode(vectors))
 
 
 def test_two_indexes_on_one_file_write_one_after_the_other(tmp_path):

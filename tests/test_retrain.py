@@ -366,6 +366,23 @@ def test_it_is_one_transaction(tmp_path, monkeypatch, step):
         assert index.retrain(compare=False).version == 2
 
 
+def test_codebooks_of_a_retraining_that_was_undone_are_forgotten(tmp_path, monkeypatch):
+    def interrupted(appending):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "index.duckdb"
+    make(path).close()
+    with semid.open(path) as index, semid.open(path) as other:
+        monkeypatch.setattr("semid_index.store.Appending.finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            index.retrain(clustered(ALL, seed=5, clusters=20), keep_ids=False)
+        monkeypatch.undo()
+        assert other.retrain(keep_ids=False).version == 2
+        np.testing.assert_array_equal(index.encode(VECTORS), codes_of(other))
+        index.add(QUERIES, ids=[f"new {i}" for i in range(len(QUERIES))])
+        assert index.verify().ok
+
+
 def test_without_stored_vectors_they_have_to_be_given():
     with make(vectors="none") as index:
         before = ids_of(index)

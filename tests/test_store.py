@@ -18,6 +18,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import semid_index as semid
@@ -292,6 +293,13 @@ def test_ids_that_are_not_given_are_numbered_from_the_largest_on(tmp_path, vecto
         assert index.add(vectors[:2]).tolist() == [71, 72]
 
 
+def test_ids_of_ones_own_below_zero_leave_the_others_from_zero(vectors):
+    with semid.create(dim=24, levels=2, codebook_size=16) as index:
+        index.train(vectors)
+        index.add(vectors[:2], [-100, -50])
+        assert index.add(vectors[:2]).tolist() == [0, 1]
+
+
 # ---------------------------------------------------------------------------------------------------- metadata
 
 WHEN = datetime.datetime(2024, 2, 29, 23, 59, 59, 123456)
@@ -347,11 +355,19 @@ def test_metadata_of_any_container(index, vectors):
         pa.record_batch({"number": [10_000]}),
         pa.table({"number": pa.chunked_array([[], [10_000]], pa.int64())}),
         pd.DataFrame({"number": [10_000]}, index=[77]),
+        pd.DataFrame({"number": [9_999, 10_000]}).query("number > 9999"),
+        pd.DataFrame({"number": [10_000]}, index=pd.MultiIndex.from_tuples([(7, 8)])),
     ):
         id = int(index.add(vectors[:1], metadata=metadata)[0])
-        assert index.get([id]).select(["id", "number", "word"]).to_pylist() == [
-            {"id": id, "number": 10_000, "word": None}
-        ]
+        assert index.get([id]).drop_columns("semantic_id").to_pylist() == [{"id": id, "number": 10_000, "word": None}]
+
+
+def test_the_index_of_a_data_frame_is_a_column_if_it_has_a_name(index, vectors):
+    frame = pd.DataFrame({"number": [1, 2]}, index=pd.Index(["x", "y"], name="word"))
+    index.add(vectors[:2], metadata=frame)
+    assert index.get([2_000, 2_001])["word"].to_pylist() == ["x", "y"]
+    with pytest.raises(InvalidArgumentError, match="'id' that differs"):
+        index.add(vectors[:2], metadata=frame.rename_axis("id"))
 
 
 def test_a_column_takes_other_types_if_nothing_is_lost(index, vectors):
@@ -364,6 +380,53 @@ def test_a_column_takes_other_types_if_nothing_is_lost(index, vectors):
         "word": ["1.5", None, "a", "b", None],
         "later": [None, None, [1], [2], None],
     }
+
+
+@pytest.mark.parametrize("method", ["add", "upsert"])
+@pytest.mark.parametrize(
+    ("batches", "sql_type"),
+    [
+        ([[[], [None]], [["x"], ["y"]], [[], []]], "VARCHAR[]"),
+        ([[[], [None]], [None, None], [[1], [2]], [[], None]], "BIGINT[]"),
+        ([[None, None], [[], []], [[1], [2]]], "BIGINT[]"),
+        ([[[[]], []], [[[1.5], []], []]], "DOUBLE[][]"),
+        ([[[], []], [[[1]], []]], "BIGINT[][]"),
+        (
+            [[{"a": None, "b": 1}] * 2, [{"a": "x", "b": 2}] * 2, [{"a": None, "b": 3}] * 2],
+            "STRUCT(a VARCHAR, b BIGINT)",
+        ),
+        ([[{"a": 1, "b": []}] * 2, [{"a": 2, "b": ["x"]}] * 2], "STRUCT(a BIGINT, b VARCHAR[])"),
+    ],
+    ids=repr,
+)
+def test_lists_and_structs_may_begin_empty(index, vectors, method, batches, sql_type):
+    for n, values in enumerate(batches):
+        getattr(index, method)(vectors[:2], [5_000 + 2 * n, 5_001 + 2 * n], metadata={"later": values})
+    types = dict(index.sql("SELECT column_name, column_type FROM (DESCRIBE items)").fetchall())
+    assert types["later"] == sql_type
+    kept = index.get(range(5_000, 5_000 + 2 * len(batches)))["later"].to_pylist()
+    assert kept == [value for values in batches for value in values]
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [(["x", "y"], "x"), ([1, 2], "1"), ([{"a": 1}, {"a": 2}], "a")],
+    ids=["text", "numbers", "structs"],
+)
+def test_empty_lists_stay_lists(index, vectors, given, wrong):
+    index.add(vectors[:2], metadata={"later": [[], []]})
+    with pytest.raises(InvalidArgumentError, match=wrong):
+        index.add(vectors[:2], metadata={"later": given})
+
+
+def test_maps_and_fixed_size_lists_may_begin_empty(index, vectors):
+    maps = pa.array([[], None], pa.map_(pa.string(), pa.null())), pa.array([[("k", "v")], []], pa.map_("str", "str"))
+    pairs = pa.nulls(2, pa.list_(pa.null(), 2)), pa.array([[1, 2], None], pa.list_(pa.int32(), 2))
+    for n in (0, 1, 0):
+        index.add(vectors[:2], metadata={"map": maps[n], "pair": pairs[n]})
+    kept = index.get(range(2_000, 2_006))
+    assert kept["map"].to_pylist() == [[], None, [("k", "v")], [], [], None]
+    assert kept["pair"].to_pylist() == [None, None, [1, 2], None, None, None]
 
 
 OUR_NAMES = [
@@ -411,6 +474,23 @@ def test_metadata_columns_may_have_any_name(index_file, vectors):
         codes = index.encode(vectors[:1])[0]
         hits = index.search(vectors[0], k=2_003, where='c2 = ? AND "row" IS NULL', params=[int(codes[1])])
         assert set(hits.ids.tolist()) == set(np.flatnonzero(index.encode(vectors)[:, 1] == codes[1]).tolist())
+
+
+def test_only_a_to_z_are_the_same_in_upper_and_lower_case(index, vectors, tmp_path):
+    """As in DuckDB."""
+    index.add(vectors[:2], metadata={"GR\u00d6SSE": [1, 2], "Price": [3, 4]})
+    index.add(vectors[:2], metadata={"gr\u00f6sse": [5, 6], "PRICE": [7, 8]})
+    index.add(vectors[:1], metadata={"\u00e4": [9], "\u00c4": [10], "\u212a": [11], "k": [12]})
+    kept = index.get([2_000, 2_002, 2_004]).drop_columns(["semantic_id", "number", "word"])
+    assert [{name: value for name, value in row.items() if value is not None} for row in kept.to_pylist()] == [
+        {"id": 2_000, "GR\u00d6SSE": 1, "Price": 3},
+        {"id": 2_002, "gr\u00f6sse": 5, "Price": 7},
+        {"id": 2_004, "\u00e4": 9, "\u00c4": 10, "\u212a": 11, "k": 12},
+    ]
+    assert index.search(vectors[0], where={"gr\u00f6sse": 5}).ids.tolist() == [2_002]
+    assert index.search(vectors[0], where={"\u00c4": 10}).ids.tolist() == [2_004]
+    index.export(tmp_path / "ids.parquet", metadata=["\u00e4", "\u00c4", "Price"])
+    assert pq.read_schema(tmp_path / "ids.parquet").names[-3:] == ["\u00e4", "\u00c4", "Price"]
 
 
 def test_what_get_adds_goes_before_metadata_of_the_same_name(index, vectors):
@@ -505,6 +585,10 @@ def test_prefixes_of_any_depth(coded):
             counts = Counter(tuple(row[:depth]) for row in codes.tolist())
             assert {codes: items for codes, items, _ in shelves} == counts
             assert next(examples for codes, _, examples in shelves if codes == prefix) == below[:3]
+            for count in (0, 1, 1_000, 1_001, 2**70):
+                counted = store.shelves(depth, (), examples=count)
+                assert [shelf[:2] for shelf in counted] == [shelf[:2] for shelf in shelves]
+                assert next(examples for codes, _, examples in counted if codes == prefix) == below[:count]
 
 
 def test_bucket_is_a_prefix_of_at_most_16_bits(coded):
