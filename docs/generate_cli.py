@@ -20,8 +20,12 @@ INTRODUCTION = """\
 
 - Data goes to standard output; progress, warnings and errors to standard error.
 - `--format` is one of `table`, `json`, `jsonl`, `csv`, `arrow` (an IPC stream) and `parquet`. Without it, you get a
-  table on a screen, cut to 100 rows and to its width, and `jsonl` in a pipe, complete.
-- Exit codes: 0 done; 1 failed, with a message that begins `error:` (or `semid doctor` found a fault); 2 wrong usage.
+  table on a screen, cut to 100 rows and to its width, and `jsonl` in a pipe, complete. Columns that have no room on the
+  screen are left out from the right, and a line below names them.
+- `--metadata` reads numbers, dates and the like from `.csv` as such. A column of whole numbers stays text if one of
+  them is written with a zero or a plus before it (`00123`, `+49`), or is too large for 64 bits.
+- Exit codes: 0 done; 1 failed, with a message that begins `error:` (or `semid doctor` found a fault); 2 wrong usage;
+  130 interrupted by Ctrl-C.
 - `NO_COLOR=1` turns colours off.
 """
 

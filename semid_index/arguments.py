@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from semid_index.index import SemanticIndex
+    from semid_index.quantizer import Vectors
+    from semid_index.vectors import VectorSource
+
+_ROWS_AT_ONCE = 4_096  # when a file is read for one of its rows
 
 
 def bars(quiet: bool) -> bool:
@@ -86,13 +91,15 @@ def as_numbers(ids: Any) -> list[int] | None:
 @contextmanager
 def complete_or_nothing(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """Where to write a new index: a file beside ``output`` that takes its place if all goes well, else goes away."""
-    if output.exists() and not overwrite:
-        raise IndexExistsError(f"{output} exists. Add to it with semid add, or replace it with --overwrite.")
     from semid_index.database import check_not_in_use
-    from semid_index.whole_files import part_of, put_in_place
+    from semid_index.whole_files import check_place, part_of, put_in_place, storage_errors
 
-    if output.exists():
-        check_not_in_use(output)
+    with storage_errors(output):  # not of what follows: that writes to other places, too
+        if output.is_file() and not overwrite:
+            raise IndexExistsError(f"{output} exists. Add to it with semid add, or replace it with --overwrite.")
+        check_place(output, None, overwrite=overwrite)
+        if output.exists():
+            check_not_in_use(output)
     with part_of(output) as part:
         yield part
         put_in_place(part, output)
@@ -106,14 +113,13 @@ def read_table(path: Path | None) -> pa.Table | None:
     if path is None:
         return None
     import pyarrow as pa
-    import pyarrow.csv
     import pyarrow.feather
     import pyarrow.json
     import pyarrow.parquet
 
     readers = {
         ".parquet": pyarrow.parquet.read_table,
-        ".csv": pyarrow.csv.read_csv,
+        ".csv": _read_csv,
         ".jsonl": pyarrow.json.read_json,
         ".arrow": pyarrow.feather.read_table,
         ".feather": pyarrow.feather.read_table,
@@ -124,6 +130,45 @@ def read_table(path: Path | None) -> pa.Table | None:
         return readers[path.suffix.lower()](path)
     except (pa.ArrowException, OSError) as error:
         raise InvalidArgumentError(f"'{path}' cannot be read: {error}") from error
+
+
+def _read_csv(path: Path) -> pa.Table:
+    """A table from a .csv file. Whole numbers stay text where a number would be written otherwise: 00123, +49."""
+    import pyarrow.csv
+
+    table = pyarrow.csv.read_csv(path)
+    names = [field.name for field in table.schema if _may_be_text(table, field)]
+    if not names:
+        return table
+    as_text = pyarrow.csv.ConvertOptions(
+        include_columns=names, column_types=dict.fromkeys(names, "string"), strings_can_be_null=True
+    )
+    texts = pyarrow.csv.read_csv(path, convert_options=as_text)
+    for name in filter(lambda name: _is_text(texts[name], table.field(name)), names):
+        table = table.set_column(table.column_names.index(name), name, texts[name])
+    return table
+
+
+def _may_be_text(table: pa.Table, field: pa.Field) -> bool:
+    """Whether all of a column are whole numbers. Those with a plus, or beyond 64 bits, Arrow takes for floats."""
+    import pyarrow.compute as pc
+    import pyarrow.types as types
+
+    if table.column_names.count(field.name) > 1:  # which the index refuses
+        return False
+    if not types.is_floating(field.type):
+        return bool(types.is_integer(field.type))
+    return bool(pc.all(pc.equal(pc.floor(table[field.name]), table[field.name])).as_py())
+
+
+def _is_text(texts: pa.ChunkedArray, field: pa.Field) -> bool:
+    """Whether whole numbers, as they stand in the file, would not be the same once they are numbers."""
+    import pyarrow.compute as pc
+    import pyarrow.types as types
+
+    if types.is_floating(field.type):  # 1.0 and 1e3 are floats indeed
+        return bool(pc.all(pc.match_substring_regex(texts, r"^\s*[+-]?[0-9]+\s*$")).as_py())
+    return bool(pc.any(pc.match_substring_regex(texts, r"^\s*-?0[0-9]")).as_py())
 
 
 def read_item_ids(ids: Path | None, column: str | None, metadata: pa.Table | None, vectors: Path) -> Any:
@@ -156,8 +201,15 @@ def read_query_vectors(spec: str) -> Any:
     source = open_vectors(name)
     if row and int(row) >= source.rows:
         raise InvalidArgumentError(f"'{name}' has no row {row}: it has rows 0 to {source.rows - 1}.")
-    vectors = np.concatenate(list(source.batches(65_536)))
-    return vectors[int(row)] if row else vectors
+    return _row_of(source, int(row)) if row else np.concatenate(list(source.batches(65_536)))
+
+
+def _row_of(source: VectorSource, row: int) -> Vectors:
+    """One row, (dim,); what comes after it is not read, and what comes before it not kept."""
+    before, position = divmod(row, _ROWS_AT_ONCE)
+    batch = next(islice(source.batches(_ROWS_AT_ONCE), before, None))
+    vector: Vectors = batch[position].copy()
+    return vector
 
 
 def _single_vector(name: str) -> Any:

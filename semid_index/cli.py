@@ -47,6 +47,13 @@ class SemidGroup(TyperGroup):
             return super().invoke(ctx)
         except SemidError as error:
             fail(str(error))
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")  # which Typer's own check puts before it
+            raise
+        except RuntimeError as error:
+            if str(error) == "Query interrupted":  # so DuckDB says that there was a Ctrl-C
+                raise KeyboardInterrupt from error
+            raise
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The names of all commands."""
@@ -135,15 +142,17 @@ OutputFormat = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_quiet, help="No progress bars, no warnings.")]
-Ids = Annotated[
-    Path | None,
-    typer.Option(
-        "--ids",
-        metavar="FILE",
-        help="One id a row: .txt .npy .parquet. Numbers from 0 if left out.",
-        show_default=False,
-    ),
-]
+
+
+def _ids(if_left_out: str) -> Any:
+    return typer.Option(
+        "--ids", metavar="FILE", help=f"One id a row: .txt .npy .parquet. {if_left_out}", show_default=False
+    )
+
+
+Ids = Annotated[Path | None, _ids("If left out, numbers from 0.")]
+NewIds = Annotated[Path | None, _ids("If left out, the numbers after the highest; texts cannot be left out.")]
+AllIds = Annotated[Path | None, _ids("If left out, vectors are only learned from.")]
 IdColumn = Annotated[
     str | None,
     typer.Option(
@@ -291,7 +300,7 @@ def build(
             **settings,
         ) as index,
     ):
-        index.train(source, sample=sample, progress=bars(quiet))
+        index.train(source, sample=sample, on_bad_vectors=on_bad_vectors, progress=bars(quiet))
         index.add(source, item_ids, metadata=table, on_bad_vectors=on_bad_vectors, progress=bars(quiet))
     stats(output, format)
 
@@ -300,7 +309,7 @@ def build(
 def add(
     index: IndexFile,
     vectors: VectorsFile,
-    ids: Ids = None,
+    ids: NewIds = None,
     metadata: Metadata = None,
     id_column: IdColumn = None,
     column: Column = None,
@@ -641,7 +650,7 @@ def retrain(
         Path | None,
         typer.Option(metavar="FILE", help="Vectors to learn from, instead of the stored ones.", show_default=False),
     ] = None,
-    ids: Ids = None,
+    ids: AllIds = None,
     id_column: IdColumn = None,
     column: Column = None,
     keep_ids: Annotated[

@@ -27,7 +27,7 @@ def semid_register_quantizers(register: Callable[[type[Quantizer]], None]) -> No
 
 @hookspec
 def semid_register_executors(register: Callable[[type[Any]], None]) -> None:
-    """Offer re-rankers: ``register(MyExecutor)``. See :class:`semid_index.rerank.Executor`."""
+    """Offer executors, listed but not used yet: ``register(MyExecutor)``. See :class:`semid_index.rerank.Executor`."""
 
 
 @hookspec

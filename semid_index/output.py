@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, time
 from enum import StrEnum
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 ROWS_SHOWN = 100  # in a table for people; the other formats give every row
 _SHORT_TEXT = 20  # columns of texts no longer than this keep their width
+_CUT_TEXT = 12  # longer ones give way, down to this width
+_GAP = 2  # between columns
 
 
 class Format(StrEnum):
@@ -54,7 +58,12 @@ def write(table: pa.Table, format: Format | None = None, *, title: str | None = 
         _WRITERS[chosen(format)](table, sys.stdout.buffer)
         sys.stdout.buffer.flush()
         return
-    screen().print(grid(table.slice(0, ROWS_SHOWN), title=title))
+    out, console = grid(table.slice(0, ROWS_SHOWN), title=title), screen()
+    left_out = leave_out(out, console.width)
+    console.print(out)
+    if left_out:
+        names = ", ".join(left_out)
+        screen(stderr=True).print(Text(f"No room for {names}. --format jsonl gives all.", style="dim"), soft_wrap=True)
     if table.num_rows > ROWS_SHOWN:
         screen(stderr=True).print(f"{ROWS_SHOWN} of {table.num_rows:,} rows. --format jsonl gives all.", style="dim")
 
@@ -96,11 +105,27 @@ def grid(table: pa.Table, *, title: str | None = None) -> Table:
     for field, texts in zip(table.schema, columns, strict=True):
         number = types.is_integer(field.type) or types.is_floating(field.type) or types.is_decimal(field.type)
         # Only columns that may wrap give way where the screen is narrow; their texts are cut instead.
-        short = max(map(len, texts), default=0) <= _SHORT_TEXT
+        short = max(map(len, [field.name, *texts])) <= _SHORT_TEXT
         out.add_column(Text(field.name), justify="right" if number else "left", no_wrap=short, overflow="ellipsis")
     for row in zip(*columns, strict=True):
         out.add_row(*(Text(text, no_wrap=True, overflow="ellipsis") for text in row))
     return out
+
+
+def leave_out(out: Table, width: int) -> list[str]:
+    """Take the columns away, from the right, that have no room in this width; gives their names."""
+    needs = accumulate(_least_width(column) + _GAP for column in out.columns)
+    fitting = max(1, sum(need <= width + _GAP for need in needs))
+    names = [str(column.header) for column in out.columns[fitting:]]
+    del out.columns[fitting:]
+    return names
+
+
+def _least_width(column: Column) -> int:
+    cells, name = max((cell_len(str(cell)) for cell in column.cells), default=0), cell_len(str(column.header))
+    if column.no_wrap:
+        return max(cells, name)
+    return max(cells if cells <= _SHORT_TEXT else _CUT_TEXT, min(name, _CUT_TEXT))
 
 
 def new_grid(title: str | None = None) -> Table:
@@ -112,7 +137,7 @@ def new_grid(title: str | None = None) -> Table:
         header_style="bold cyan",
         box=None,
         pad_edge=False,
-        padding=(0, 2, 0, 0),
+        padding=(0, _GAP, 0, 0),
     )
 
 

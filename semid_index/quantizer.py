@@ -7,6 +7,8 @@ A quantizer turns vectors into short tuples of small integers, and back, approxi
 - The same seed on the same machine gives the same quantizer. A row gets the same codes alone or in a batch, near-ties
   aside.
 - Saved (``get_config`` and ``state``) and restored (``restore``), it encodes and decodes as before.
+- ``get_config`` has every option that the constructor was given: an index keeps nothing else of it.
+- ``fit`` calls ``report_progress`` once or more; the last time, all steps are done.
 - ``name`` is stored in every index built with it. Two classes may share a name only if each can read the other's
   state and then decodes the same vectors; so a name, once used, keeps its meaning.
 - ``hierarchical`` says whether a prefix of the codes is a coarser description of the same item. Only then do

@@ -134,6 +134,14 @@ class QuantizerContract:
             assert json.loads(json.dumps(config, allow_nan=False)) == config
             assert type(quantizer)(**config).get_config() == config
 
+    def test_config_has_every_option(self) -> None:
+        """What the constructor takes beside the shape of the codes is in the configuration; else saving loses it."""
+        quantizer = self.make()
+        parameters = inspect.signature(type(quantizer)).parameters.values()
+        options = {each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
+        lost = options - {"levels", "codebook_size"} - set(quantizer.get_config())
+        assert not lost, f"get_config does not return what the constructor takes: {', '.join(sorted(lost))}"
+
     # -- codes
 
     def test_codes(self) -> None:

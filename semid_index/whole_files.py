@@ -29,7 +29,7 @@ def new_file(target: Path, index: Path | None, *, overwrite: bool) -> Iterator[P
     The caller gives it its name in the end, with ``replace``.
     """
     with storage_errors(target):
-        _check_place(target, index, overwrite=overwrite)
+        check_place(target, index, overwrite=overwrite)
         with part_of(target) as part:
             yield part
 
@@ -79,7 +79,7 @@ def part_of(target: Path, name: str = "") -> Iterator[Path]:
         _parts.discard(os.path.realpath(part))
 
 
-def _check_place(target: Path, index: Path | None, *, overwrite: bool) -> None:
+def check_place(target: Path, index: Path | None, *, overwrite: bool) -> None:
     """Refuse to write a file where it cannot be, or must not."""
     if not target.parent.is_dir():
         raise IndexFileError(f"There is no folder {target.parent}. Create it first.")

@@ -24,8 +24,10 @@ import pytest
 from typer.testing import CliRunner
 
 import semid_index as semid
-from semid_index import records
+from semid_index import arguments, records
+from semid_index.arguments import read_table
 from semid_index.cli import app, build
+from semid_index.vectors import open_vectors
 
 ROOT = Path(semid.__file__).parents[1]
 COMMANDS = ["demo", "build", "add", "delete", "search", "tree", "sql", "export", "import", "verify", "copy"]
@@ -270,6 +272,35 @@ def test_a_table_fits_the_screen_and_keeps_short_columns_whole(index_file: Path)
     assert all(len(line) <= 60 for line in lines)
     assert lines[1].startswith("item-599    599  long text long text")
     assert lines[1].rstrip().endswith("…")
+
+
+def test_columns_without_room_are_left_out_from_the_right_and_named(index_file: Path) -> None:
+    names = [f"column_{number}" for number in range(7)]
+    query = f"SELECT id, price, {', '.join(f'id || repeat(id, 5) AS {name}' for name in names)} FROM items LIMIT 2"
+    shown = semid_program("sql", index_file, query, "--format", "table", COLUMNS="80")
+    assert shown.stdout.splitlines()[0].split() == ["id", "price", *names[:4]]
+    assert all(len(line) <= 80 for line in shown.stdout.splitlines())
+    assert shown.stderr == "No room for column_4, column_5, column_6. --format jsonl gives all.\n"
+    wide = semid_program("sql", index_file, query, "--format", "table", COLUMNS="140")
+    assert wide.stdout.splitlines()[0].split() == ["id", "price", *names]
+    assert wide.stderr == ""
+
+    narrow = semid_program(
+        "sql", index_file, "SELECT repeat(id, 9) AS id, price FROM items", "-f", "table", COLUMNS="9"
+    )
+    assert narrow.stdout.split()[0] == "id"
+    assert narrow.stderr.startswith("No room for price.")
+
+
+def test_hits_keep_rank_id_distance_and_semantic_id(own_index: Path, vectors: np.ndarray) -> None:
+    with semid.open(own_index) as index:
+        texts = {f"about_{number}": ["long text " * 9] * ROWS for number in range(6)}
+        ids = [f"item-{row}" for row in range(ROWS)]
+        index.upsert(vectors, ids, metadata=texts)
+    shown = semid_program("search", own_index, "--like", "item-9", "--format", "table", COLUMNS="80")
+    assert shown.stdout.split()[:4] == ["rank", "id", "distance", "semantic_id"]
+    assert "…" not in shown.stdout.splitlines()[1].partition("long")[0]
+    assert shown.stderr.startswith("No room for ")
 
 
 def test_data_that_looks_like_markup_is_shown_as_it_is(index_file: Path) -> None:
@@ -530,7 +561,6 @@ def test_build_can_leave_bad_vectors_out(folder: Path, tmp_path: Path, vectors: 
     spoiled = vectors.copy()
     spoiled[[3, 4]] = np.nan
     np.save(tmp_path / "spoiled.npy", spoiled)
-    # trained on good rows only: a NaN in the training sample is an error whatever is done with bad rows later
     arguments = (
         "add",
         Path(shutil.copy(folder / "catalog.duckdb", tmp_path)),
@@ -546,6 +576,89 @@ def test_build_can_leave_bad_vectors_out(folder: Path, tmp_path: Path, vectors: 
     assert json.loads(dropped.stdout) == {"added": ROWS - 2, "items": 2 * ROWS - 2}
     assert dropped.stderr == f"WARNING: dropped 2 of {ROWS} vectors that cannot be used\n"
 
+    build = ("build", tmp_path / "spoiled.npy", "-o", tmp_path / "new.duckdb", "--levels", 2, "--codebook-size", 8)
+    refused = run(*build)
+    assert refused.exit_code == 1
+    assert "--on-bad-vectors drop" in refused.stderr
+    built = run(*build, "--on-bad-vectors", "drop", "--quiet")
+    assert built.exit_code == 0, built.stderr
+    assert json.loads(built.stdout)["items"] == json.loads(built.stdout)["train_report"]["rows"] == ROWS - 2
+    with semid.create(dim=DIM, levels=2, codebook_size=8) as index:
+        with pytest.raises(semid.SemidError, match="must be 'error' or 'drop'"):
+            index.train(spoiled, on_bad_vectors="skip")
+        index.train(np.delete(vectors, [3, 4], axis=0))
+        codes = index.encode(vectors)
+    with semid.open(tmp_path / "new.duckdb", read_only=True) as index:
+        assert np.array_equal(index.encode(vectors), codes)
+
+    np.save(tmp_path / "spoiled.npy", np.full_like(vectors, np.inf))
+    refused = run(*build, "--overwrite", "--on-bad-vectors", "drop")
+    assert refused.stderr.startswith(f"error: None of the {ROWS} vectors can be used")
+
+
+def test_numbers_in_csv_that_begin_with_a_zero_or_plus_stay_text(tmp_path: Path) -> None:
+    path = tmp_path / "items.csv"
+    path.write_text(
+        "sku,zip,phone,ean,price,year,ratio,stock,grade,both,both\n"
+        "00000,01067,+49351,12345678901234567890,0,2024,1.0,-0,,1,01\n"
+        "00001,,0351,1,10,1999,2.0,0,-07,2,2\n"
+    )
+    table = read_table(path)
+    assert table.column(9).to_pylist() == [1, 2]  # two columns with one name: the index refuses them
+    assert table.select(range(9)).to_pydict() == {
+        "sku": ["00000", "00001"],
+        "zip": ["01067", None],
+        "phone": ["+49351", "0351"],
+        "ean": ["12345678901234567890", "1"],
+        "price": [0, 10],
+        "year": [2024, 1999],
+        "ratio": [1.0, 2.0],
+        "stock": [0, 0],
+        "grade": [None, "-07"],
+    }
+    path.write_text("word,price\n01x,1.5\n2,2\n")
+    assert read_table(path).to_pydict() == {"word": ["01x", "2"], "price": [1.5, 2.0]}
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".fvecs", ".parquet"])
+def test_one_row_of_a_file_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    vectors = np.arange(44, dtype=np.float32).reshape(11, 4)
+    path = tmp_path / f"queries{suffix}"
+    if suffix == ".npy":
+        np.save(path, vectors)
+    elif suffix == ".fvecs":
+        np.column_stack([np.full(11, 4, "<i4").view("<f4"), vectors]).tofile(path)
+    else:
+        pq.write_table(pa.table({"vector": vectors.tolist()}), path)
+    monkeypatch.setattr(arguments, "_ROWS_AT_ONCE", 3)
+    read: list[int] = []
+
+    def batches(name: str) -> Any:
+        source = open_vectors(name)
+        rows = source.batches
+        source.batches = lambda size: (read.append(len(batch)) or batch for batch in rows(size))
+        return source
+
+    monkeypatch.setattr("semid_index.vectors.open_vectors", batches)
+    for row in (0, 2, 3, 10):
+        read.clear()
+        assert arguments.read_query_vectors(f"{path}:{row}").tolist() == vectors[row].tolist()
+        assert sum(read) == min(11, 3 * (row // 3 + 1))
+    assert arguments.read_query_vectors(str(path)).tolist() == vectors.tolist()
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+@pytest.mark.parametrize(("place", "message"), [("", "is a folder"), ("missing/x.duckdb", "There is no folder")])
+def test_build_looks_first_where_it_may_write(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, message: str, overwrite: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(semid.SemanticIndex, "train", lambda *_, **__: pytest.fail("it has trained already"))
+    result = run("build", folder / "vectors.npy", "-o", tmp_path / place, *overwrite)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
 
 def test_choices_are_those_of_the_library() -> None:
     hints = build.__annotations__
@@ -556,13 +669,32 @@ def test_choices_are_those_of_the_library() -> None:
 # -- what goes wrong --------------------------------------------------------------------------------------------------
 
 
+def test_ctrl_c_while_duckdb_runs_a_query(index_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Query interrupted")  # as DuckDB says it
+
+    monkeypatch.setattr("semid_index.cli.write", interrupted)
+    result = run("sql", index_file, "SELECT 1")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "")
+    monkeypatch.setattr("semid_index.cli.write", lambda *_: int("of another kind"))
+    assert isinstance(run("sql", index_file, "SELECT 1").exception, ValueError)
+
+
+def test_a_wrong_choice_is_named_once() -> None:
+    result = run("build", "x.npy", "-o", "y.duckdb", "--metric", "euclid")
+    assert result.exit_code == 2
+    assert "Invalid value for '--metric': 'euclid' is not one of 'l2'" in " ".join(result.stderr.split())
+
+
 BUILD = ["build", "{folder}/vectors.npy", "-o", "{out}"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["stats", "missing.duckdb"], "There is no file missing.duckdb"),
+        (["stats", "missing.duckdb"], "There is no file missing.duckdb. Make an index with semid_index.create"),
+        (["stats", "missing.duckdb"], "or semid build."),
+        (["add", "{index}", "{folder}/vectors.npy"], "Pass ids=[...] (--ids)."),
         (["stats", "{folder}/ids.txt"], "is not an index of semid-index"),
         (["build", "missing.npy", "-o", "{out}"], "There is no file 'missing.npy'"),
         (["build", "{folder}/ids.txt", "-o", "{out}"], "Vectors cannot be read from"),

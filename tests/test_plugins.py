@@ -296,6 +296,21 @@ def test_offers_with_one_name():
     assert plugins.offers["quantizer", "x"].source == "one 1.0"
 
 
+class Lossy(ResidualKMeans):
+    name = "lossy"
+
+    def get_config(self):
+        return {"levels": self.levels, "codebook_size": self.codebook_sizes[0]}
+
+
+def test_an_option_that_would_be_lost_is_refused(monkeypatch):
+    monkeypatch.setitem(installed().offers, ("quantizer", "lossy"), Offer("quantizer", "lossy", Lossy, "lossy 1.0"))
+    with semid.create(dim=4, quantizer="lossy", levels=2, codebook_size=8) as index:
+        assert index.config.quantizer_config == {"levels": 2, "codebook_size": 8}
+    with pytest.raises(PluginError, match=r"takes the option 'iterations', but its get_config\(\) does not return it"):
+        semid.create(dim=4, quantizer="lossy", levels=2, codebook_size=8, iterations=3)
+
+
 def test_names_lead_to_classes():
     assert quantizer_class("rq") is ResidualKMeans
     assert installed() is installed(), "plugins are looked for once"

@@ -197,6 +197,11 @@ class Backwards(ResidualKMeans):
         super().report_progress(total - done, total, what)
 
 
+class Lossy(ResidualKMeans):
+    def get_config(self):
+        return {"levels": self.levels, "codebook_size": self.codebook_sizes[0]}
+
+
 class NotAdditive(ResidualKMeans):
     def decode(self, codes):
         return super().decode(codes) + np.float32(0.5)
@@ -226,6 +231,7 @@ class Wasteful(ResidualKMeans):
         (Scribbling, "test_input_is_not_changed"),
         (Silent, "test_progress"),
         (Backwards, "test_progress"),
+        (Lossy, "test_config_has_every_option"),
         (NotAdditive, "test_additive"),
     ],
 )
