@@ -234,6 +234,7 @@ class Session:
         with self._write_lock, errors_translated(self.path):
             cursor = self.cursor()
             cursor.execute("BEGIN")
+            self._moments.is_writing = True
             try:
                 yield cursor
                 self._writers.begun += 1
@@ -243,6 +244,7 @@ class Session:
                     cursor.execute("ROLLBACK")
                 raise
             finally:
+                self._moments.is_writing = False
                 self._writers.writes += 1
                 self._writers.begun = self._writers.writes
                 cursor.close()
@@ -295,9 +297,9 @@ class Session:
 
         Otherwise all stored vectors would be in memory twice. For that moment there is no memory for any query, so it
         is done when nobody else has a connection, and nobody gets one meanwhile; if there is no such moment soon, then
-        not now.
+        not now. A thread that writes needs memory itself.
         """
-        if self.path is None:
+        if self.path is None or getattr(self._moments, "is_writing", False):
             return
         own = 2 if self._reader_of_thread() is None else 3  # the first one, the one given here, and the thread's
         with self._file_lock:
