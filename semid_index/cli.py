@@ -28,7 +28,7 @@ from semid_index.arguments import (
     read_query_vectors,
     read_table,
 )
-from semid_index.errors import SemidError
+from semid_index.errors import SemidError, is_interrupt
 from semid_index.output import BINARY, Format, write, write_record
 from semid_index.views import report_view, retrain_view, stats_view, trace_view, verify_view
 
@@ -51,7 +51,7 @@ class SemidGroup(TyperGroup):
             error.message = error.message.removeprefix("Value error, ")  # which Typer's own check puts before it
             raise
         except RuntimeError as error:
-            if str(error) == "Query interrupted":  # so DuckDB says that there was a Ctrl-C
+            if is_interrupt(error):  # in the result of a query, which DuckDB gives to the caller
                 raise KeyboardInterrupt from error
             raise
 

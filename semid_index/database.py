@@ -32,6 +32,7 @@ from semid_index.errors import (
     ReadOnlyError,
     SemidError,
     StorageError,
+    is_interrupt,
 )
 
 if TYPE_CHECKING:
@@ -390,7 +391,6 @@ _TRANSLATIONS: tuple[tuple[str, type[SemidError], str], ...] = (
     ("INTERNAL Error", CorruptIndexError, "{path} is damaged, or DuckDB made a mistake. " + RESTORE),
     ("FATAL Error", StorageError, "{path} must be closed and opened again: DuckDB has given up on it."),
 )
-_INTERRUPTED = "Query interrupted"  # DuckDB's RuntimeError in place of KeyboardInterrupt
 _CONFLICTS = ("conflict", "failed to commit: primary key")  # what DuckDB says when two transactions write the same
 
 
@@ -405,7 +405,7 @@ def errors_translated(path: Path | None) -> Iterator[None]:
         raise
     except (duckdb.Error, RuntimeError) as error:
         message = str(error)
-        if message == _INTERRUPTED:
+        if is_interrupt(error):
             raise KeyboardInterrupt from error
         if isinstance(error, duckdb.TransactionException) and any(words in message.lower() for words in _CONFLICTS):
             raise ConflictError(

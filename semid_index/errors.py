@@ -164,3 +164,8 @@ class FilterError(SemidError, ValueError):
 
 class SearchTimeoutError(SemidError, TimeoutError):
     """A search ran past its ``timeout``."""
+
+
+def is_interrupt(error: Exception) -> bool:
+    """Whether this is what DuckDB raises in place of KeyboardInterrupt."""
+    return isinstance(error, RuntimeError) and str(error) == "Query interrupted"

@@ -217,10 +217,11 @@ def search(
     if rows is not None:
         with clock.step("filter"):
             parts = _parts(snapshot, request, rows)
-    k = min(int(request.k), sum(map(len, parts)))
+    items = sum(map(len, parts))
+    k = min(int(request.k), items)
     blocks: list[_Hits] = []
     natively = all(_native_scan(part) for part in parts if len(part))
-    for block in _blocks(request, parts, k, clock, _NATIVE_BLOCK if natively else _BLOCK) if k else ():
+    for block in _blocks(request, items, k, clock, _NATIVE_BLOCK if natively else _BLOCK) if k else ():
         queries, lengths = request.queries[block], None
         if parts[0].state.config.metric == "cosine":
             if natively:  # divided by them there, each by the thread that searches for it
@@ -262,9 +263,9 @@ def search_one(
     return one.search(snapshot, queries[0], math.sqrt(square) if cosine else 1.0, single, started)
 
 
-def _blocks(request: SearchRequest, parts: list[_Part], k: int, clock: _Clock, most: int) -> Iterator[slice]:
+def _blocks(request: SearchRequest, items: int, k: int, clock: _Clock, most: int) -> Iterator[slice]:
     """The queries, block by block: few at once if each has many candidates, or if a block must not take long."""
-    candidates = min(int(request.rerank or _RERANK_PER_HIT * k), sum(map(len, parts)))
+    candidates = min(int(request.rerank or _RERANK_PER_HIT * k), items)
     most = max(1, min(most, _BLOCK_CANDIDATES // max(k, candidates)))
     size = most if request.timeout is None else min(most, _FIRST_TIMED_BLOCK)
     start = 0

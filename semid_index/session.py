@@ -82,8 +82,7 @@ def _leave_to_the_parent() -> None:
     import ctypes
 
     for session in _sessions:
-        if session.connection_of_file is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session.connection_of_file))
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session._connection))
 
 
 if hasattr(os, "register_at_fork"):
@@ -122,11 +121,6 @@ class Session:
                 return
             if not close_all(connection):
                 log.warning("%s is closed, but a thread still reads it: until it is done, the file is held", self.path)
-
-    @property
-    def connection_of_file(self) -> duckdb.DuckDBPyConnection | None:
-        """The first connection, which all others are made from; None once closed."""
-        return self._connection
 
     @property
     def _is_inherited(self) -> bool:
